@@ -1,0 +1,37 @@
+"""Installs var_jax. Minors are pinned: jax, flax and orbax change interfaces between them."""
+
+import setuptools
+
+setuptools.setup(
+    name='var_jax',
+    version='0.1.0',
+    description='Visual autoregressive modeling (VAR, arXiv 2404.02905) in JAX and Flax',
+    python_requires='>=3.11',
+    packages=setuptools.find_packages(include=['var_jax', 'var_jax.*']),
+    entry_points={'console_scripts': ['var-jax=var_jax.__main__:main']},
+    install_requires=[
+        'absl-py>=2.1',                  # flags behind ml_collections' config overrides
+        'array_record>=0.8.1,<0.9',      # the container of prepared tfds data
+        'chex>=0.1.90,<0.2',             # shape assertions at module borders
+        'flax>=0.12,<0.13',
+        'grain>=0.2.15,<0.3',            # input pipeline: deterministic random access, parallel workers
+        'jax>=0.10,<0.11',
+        'matplotlib>=3.9,<4',            # curves and captioned pictures
+        'ml_collections>=1.1,<1.2',      # experiment configs
+        'numpy>=2.0,<3',
+        'optax>=0.2.6,<0.3',
+        'orbax-checkpoint>=0.12,<0.13',
+        'pillow>=11,<14',                # image decoding and resizing
+        'scikit-learn>=1.6,<2',          # the embedded digits data set
+        'tensorboardX>=2.6.2,<3',        # TensorBoard events without TensorFlow
+        'tqdm>=4.66,<5',                 # progress bars
+    ],
+    extras_require={
+        'test': ['pytest>=8'],
+        'tfds': ['tensorflow-datasets>=4.9.7,<5'],   # reading prepared ArrayRecord sets needs no TensorFlow
+        'tfds_prepare': ['tensorflow-datasets>=4.9.7,<5', 'tensorflow'],
+        'torch': ['torch', 'safetensors>=0.4'],      # reading .pth files alone
+        'tpu': ['jax[tpu]>=0.10,<0.11'],
+        'cuda': ['jax[cuda12]>=0.10,<0.11'],
+    },
+)
