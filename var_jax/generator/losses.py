@@ -1,0 +1,47 @@
+"""Cross entropy over a pyramid, weighted by scale: the generator's loss (VAR, arXiv 2404.02905, eq. 6)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def token_losses(logits_BxLxV, tokens_BxL, label_smoothing=0.0):
+  """(B, L) float32 cross entropy of every token; smoothing as PyTorch's: uniform over all codes."""
+  log_probs = jax.nn.log_softmax(logits_BxLxV.astype(jnp.float32), axis=-1)
+  loss = -jnp.take_along_axis(log_probs, tokens_BxL[..., None], axis=-1)[..., 0]
+  return (1 - label_smoothing) * loss - label_smoothing * log_probs.mean(-1) if label_smoothing else loss
+
+
+def progressive_weights(step, steps, pyramid, *, start_scale, end, warmup, ramp):
+  """(L,) weights of progressive training: scales join one by one, each ramped up; later scales weigh nothing.
+
+  step: the current step of `steps`; start_scale: the finest scale trained at first; end: the fraction of the run by
+  which all scales take part; warmup: steps before the second one joins; ramp: steps over which a new scale's weight
+  grows from 0.01 to 1. Causality makes a weight of zero the same as leaving the scale out.
+  """
+  last = len(pyramid) - 1
+  joins = np.zeros(last + 1)
+  span = max(end * steps - warmup, 0)
+  for k in range(start_scale + 1, last + 1):
+    # The published round(progress·(last-start)) reaches k - start at half a scale before.
+    joins[k] = warmup + (k - start_scale - 0.5) / max(last - start_scale, 1) * span
+  grown_K = jnp.clip((step - joins) / max(ramp, 1), 0.01, 1.0)
+  weight_K = jnp.where(joins <= 0, 1.0, jnp.where(step >= joins, grown_K, 0.0))
+  return weight_K[pyramid.level_L]
+
+
+def summarize(logits_BxLxV, tokens_BxL, pyramid, mask_B=None, label_smoothing=0.0):
+  """Loss and accuracy in total, for the last scale and per scale: a dict of scalars, mean over images in the mask."""
+  mask_B = jnp.ones(len(tokens_BxL)) if mask_B is None else mask_B
+
+  def mean(x_BxL):
+    return jnp.sum(x_BxL.mean(axis=1) * mask_B) / jnp.maximum(mask_B.sum(), 1)
+
+  loss_BxL = token_losses(logits_BxLxV, tokens_BxL, label_smoothing)
+  right_BxL = (jnp.argmax(logits_BxLxV, -1) == tokens_BxL).astype(jnp.float32)
+  metrics = {'loss': mean(loss_BxL), 'accuracy': mean(right_BxL)}
+  for k, s in enumerate(pyramid.slices):
+    metrics[f'loss/scale_{k}'], metrics[f'accuracy/scale_{k}'] = mean(loss_BxL[:, s]), mean(right_BxL[:, s])
+  last = len(pyramid) - 1
+  metrics['loss/last'], metrics['accuracy/last'] = metrics[f'loss/scale_{last}'], metrics[f'accuracy/scale_{last}']
+  return metrics

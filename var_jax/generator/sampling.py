@@ -1,0 +1,103 @@
+"""Sampling a pyramid scale by scale, with key-value cache and guidance (VAR, arXiv 2404.02905, sec. 3.3 and appendix).
+
+Editing is sampling with some tokens given (sec. 4.4): a keep mask says which.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from var_jax.tokenizer import resize
+
+
+class Choices(NamedTuple):
+  """How tokens are drawn. 0 turns top_k and top_p off; smooth mixes codes by Gumbel softmax (prettier, worse FID)."""
+
+  cfg: Any = 1.5
+  top_k: int = 900
+  top_p: Any = 0.96
+  temperature: Any = 1.0
+  smooth: bool = False
+
+
+class Sampled(NamedTuple):
+  """tokens (B, L) int32, images (B, H, W, 3) float32 in [-1, 1], and per scale the guided logits and drawn tokens."""
+
+  tokens_BxL: Any
+  image_BxHxWx3: Any
+  guided_logits: list
+  drawn_tokens: list
+
+
+def keep_likely(logits, top_k=0, top_p=0.0):
+  """Logits with the unlikely entries at -inf: first all but the top_k, then the ascending mass <= 1 - top_p."""
+  if 0 < top_k < logits.shape[-1]:
+    logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][..., -1:], -jnp.inf, logits)
+  if isinstance(top_p, (int, float)) and top_p <= 0:
+    return logits
+  ascending = jnp.sort(logits, axis=-1)
+  dropped = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - top_p
+  dropped = dropped.at[..., -1].set(False)
+  least = jnp.min(jnp.where(dropped, jnp.inf, ascending), axis=-1, keepdims=True)
+  return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def _gumbel(keys_B, scale, shape):
+  """(B, *shape) noise; an image's noise depends on its own key and the scale alone."""
+  return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, scale), shape))(keys_B)
+
+
+def _draw(logits_BxlxV, keys_B, scale, scales, choices, codebook_VxC):
+  """(tokens (B, l), codes (B, l, C)) of one scale."""
+  logits = keep_likely(logits_BxlxV / choices.temperature, choices.top_k, choices.top_p)
+  noise = _gumbel(keys_B, scale, logits.shape[1:])
+  if not choices.smooth:
+    tokens_Bxl = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    return tokens_Bxl, codebook_VxC[tokens_Bxl]
+  progress = scale / max(scales - 1, 1)
+  softness = max(0.27 * (1 - 0.95 * progress), 0.005)
+  noisy = logits * (1 + progress) + noise
+  return jnp.argmax(noisy, -1).astype(jnp.int32), jax.nn.softmax(noisy / softness, axis=-1) @ codebook_VxC
+
+
+def keep_masks(keep_BxHxW, pyramid):
+  """Which tokens of each scale stay as given: K bool arrays (B, h*w). A 1x1 scale always stays."""
+  masks = []
+  for size in pyramid.scales:
+    mask = resize.bilinear(keep_BxHxW[..., None].astype(jnp.float32), size).reshape(len(keep_BxHxW), -1) > 0.5
+    masks.append(jnp.ones_like(mask) if size == (1, 1) else mask)
+  return masks
+
+
+def sample(generator, tokenizer, params, labels_B, keys_B, choices, given=None):
+  """Draws one image per label: `Sampled`. Pure; jit it with generator, tokenizer and choices' static parts closed over.
+
+  params: {'generator': ..., 'tokenizer': ...}; labels_B: (B,) int32 classes; keys_B: (B,) keys, one an image.
+  given: None, or (tokens_BxL, keep_BxHxW) with the mask at the latent's size, True where the given tokens stay.
+  Guidance grows with the scale: t = cfg·k/(K-1), logits = (1+t)·conditional - t·unconditional.
+  """
+  pyramid, B = generator.pyramid, len(labels_B)
+  quantizer = tokenizer.bind({'params': params['tokenizer']}).quantizer
+  model = generator.bind({'params': params['generator']})
+  labels_2B = jnp.concatenate([labels_B, jnp.full_like(labels_B, generator.classes)])
+  masks = None if given is None else keep_masks(given[1], pyramid)
+  total, inputs, past = 0.0, None, ()
+  tokens, guided, drawn = [], [], []
+  for k in range(len(pyramid)):
+    logits_2BxlxV, new = model.next_scale(labels_2B, k, inputs, past)
+    past += (new,)
+    t = choices.cfg * k / max(len(pyramid) - 1, 1)
+    guided.append((1 + t) * logits_2BxlxV[:B] - t * logits_2BxlxV[B:])
+    tokens_Bxl, codes_BxlxC = _draw(guided[-1], keys_B, k, len(pyramid), choices, quantizer.codebook)
+    drawn.append(tokens_Bxl)
+    if given is not None:
+      known_Bxl = given[0][:, pyramid.slices[k]]
+      codes_BxlxC = jnp.where(masks[k][..., None], quantizer.lookup(known_Bxl), codes_BxlxC)
+      tokens_Bxl = jnp.where(masks[k], known_Bxl, tokens_Bxl)
+    tokens.append(tokens_Bxl)
+    total = total + quantizer.expand(codes_BxlxC, k)
+    if k + 1 < len(pyramid):
+      inputs = jnp.tile(quantizer.shrink(total, k + 1), (2, 1, 1))
+  image = tokenizer.apply({'params': params['tokenizer']}, total, method='to_image')
+  return Sampled(jnp.concatenate(tokens, axis=1), jnp.clip(image, -1, 1), guided, drawn)

@@ -1,0 +1,220 @@
+"""The scale-wise transformer (VAR, arXiv 2404.02905, sec. 3.3): class and coarser token maps -> the next token map.
+
+Parameters are float32; activations run in `dtype`; norms, softmax and logits in float32. The blocks are scanned, so
+their parameters carry a leading axis of size depth, and compile time does not grow with it.
+"""
+
+import math
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from var_jax.generator.attention import attend
+from var_jax.pyramid import Pyramid
+
+MAX_LOG_SCALE = math.log(100)
+
+
+def layer_norm(x):
+  """Layer norm without parameters, in float32."""
+  x = x.astype(jnp.float32)
+  x = x - x.mean(-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+def unit(x):
+  """x over its length along the last axis, in float32."""
+  x = x.astype(jnp.float32)
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def adaln_init(std, width, scale, gamma_scale):
+  """Normal with `std`, times gamma_scale in the two gamma chunks (the first 2·width columns), times scale elsewhere."""
+
+  def init(key, shape, dtype=jnp.float32):
+    columns = jnp.arange(shape[-1]) < 2 * width
+    return std * jax.random.normal(key, shape, dtype) * jnp.where(columns, gamma_scale, scale)
+
+  return init
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention. Queries and values have a bias, keys have none.
+
+  normalize_qk: queries and keys of unit length, queries scaled per head by exp(min(learned, log 100));
+  otherwise scaled dot product with 0.25/sqrt(head size).
+  """
+
+  width: int
+  heads: int
+  normalize_qk: bool
+  init_std: float
+  proj_std: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BxLxD, visible_LxM=None, past=None):
+    B, L, D = x_BxLxD.shape
+    normal = nn.initializers.normal
+    qkv = nn.Dense(3 * D, use_bias=False, dtype=self.dtype, kernel_init=normal(self.init_std), name='qkv')(x_BxLxD)
+    q_bias, v_bias = (self.param(name, nn.initializers.zeros, (D,), jnp.float32) for name in ('q_bias', 'v_bias'))
+    qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+    q, k, v = (qkv.reshape(B, L, 3, self.heads, D // self.heads)[:, :, i] for i in range(3))
+    if self.normalize_qk:
+      log_scale_H = self.param('log_scale', nn.initializers.constant(math.log(4)), (self.heads,), jnp.float32)
+      q = unit(q) * jnp.exp(jnp.minimum(log_scale_H, MAX_LOG_SCALE))[:, None]
+      k = unit(k).astype(self.dtype)
+    else:
+      q = q * (0.25 / math.sqrt(D // self.heads))
+    new = (k, v)
+    if past:
+      k, v = (jnp.concatenate([*(p[i] for p in past), new[i]], axis=1) for i in range(2))
+    out = attend(q.astype(self.dtype), k, v, visible_LxM).reshape(B, L, D)
+    return nn.Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), name='proj')(out), new
+
+
+class Block(nn.Module):
+  """One transformer block with adaptive layer norm.
+
+  x_BxLxD: tokens; cond: class embedding (B, D), or (B, 6, D) when AdaLN is shared; keep_2xB: drop-path factors of the
+  two branches (0 or 1/keep probability), None to keep all; past: None, or a tuple of (k, v) pairs of coarser scales
+  (B, M, H, Dh), in which case this scale's pair is returned beside x.
+  """
+
+  width: int
+  heads: int
+  mlp_ratio: float
+  normalize_qk: bool
+  shared_adaln: bool
+  init_std: float
+  proj_std: float
+  adaln_scale: float
+  adaln_gamma: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BxLxD, keep_2xB, past, cond, visible_LxM):
+    D = self.width
+    if self.shared_adaln:
+      init = adaln_init(1 / math.sqrt(D), 2, self.adaln_scale, self.adaln_gamma)
+      offsets_6xD = self.param('adaln', lambda key, shape: init(key, (D, 6)).T, (6, D))
+      chunks_Bx6xD = cond + offsets_6xD.astype(self.dtype)
+    else:
+      init = adaln_init(self.init_std, D, self.adaln_scale, self.adaln_gamma)
+      chunks_Bx6xD = nn.Dense(6 * D, dtype=self.dtype, kernel_init=init, name='adaln')(nn.silu(cond)).reshape(-1, 6, D)
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = (chunks_Bx6xD[:, i, None] for i in range(6))
+
+    attention = Attention(
+        D, self.heads, self.normalize_qk, self.init_std, self.proj_std, self.dtype, name='attention')
+    h = (layer_norm(x_BxLxD) * (scale1 + 1) + shift1).astype(self.dtype)
+    h, new = attention(h, visible_LxM, past)
+    x_BxLxD += self._drop_path(h * gamma1, keep_2xB, 0)
+
+    h = (layer_norm(x_BxLxD) * (scale2 + 1) + shift2).astype(self.dtype)
+    normal = nn.initializers.normal
+    h = nn.Dense(round(D * self.mlp_ratio), dtype=self.dtype, kernel_init=normal(self.init_std), name='fc1')(h)
+    h = nn.Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), name='fc2')(nn.gelu(h, approximate=True))
+    x_BxLxD += self._drop_path(h * gamma2, keep_2xB, 1)
+    return x_BxLxD, (None if past is None else new)
+
+  def _drop_path(self, h_BxLxD, keep_2xB, branch):
+    return h_BxLxD if keep_2xB is None else h_BxLxD * keep_2xB[branch][:, None, None].astype(self.dtype)
+
+
+class Generator(nn.Module):
+  """Class labels and a pyramid's coarser scales -> logits of every token.
+
+  codes, channels: the tokenizer's codebook; classes: label `classes` means "no class" (for guidance).
+  width, heads: by default 64·depth and depth. Initial values as published; adaln_gamma is the recipe's own.
+  """
+
+  pyramid: Pyramid
+  codes: int = 4096
+  channels: int = 32
+  classes: int = 1000
+  depth: int = 16
+  width: int = 0
+  heads: int = 0
+  mlp_ratio: float = 4.0
+  normalize_qk: bool = True
+  shared_adaln: bool = False
+  adaln_gamma: float = 1e-3
+  adaln_scale: float = 0.5
+  head_scale: float = 0.02
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    D, std = self.width or 64 * self.depth, self.init_std
+    normal = nn.initializers.normal
+    self.word_embed = nn.Dense(D, dtype=self.dtype, kernel_init=normal(std))
+    self.class_embedding = self.param('class_embedding', normal(std), (self.classes + 1, D), jnp.float32)
+    self.level_embedding = self.param('level_embedding', normal(std), (len(self.pyramid), D), jnp.float32)
+    self.position = self.param('position', normal(std), (self.pyramid.length, D), jnp.float32)
+    self.start = self.param('start', normal(std), (self.pyramid.sizes[0], D), jnp.float32)
+    if self.shared_adaln:
+      self.shared = nn.Dense(6 * D, dtype=self.dtype, kernel_init=normal(std))
+    scanned = nn.scan(
+        Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth,
+        in_axes=(0, 0, nn.broadcast, nn.broadcast), out_axes=0)
+    self.blocks = scanned(
+        D, self.heads or self.depth, self.mlp_ratio, self.normalize_qk, self.shared_adaln, std,
+        std / math.sqrt(2 * self.depth), self.adaln_scale, self.adaln_gamma, self.dtype)
+    self.head_adaln = nn.Dense(2 * D, dtype=jnp.float32, kernel_init=normal(std * self.adaln_scale))
+    self.head = nn.Dense(self.codes, dtype=jnp.float32, kernel_init=normal(std * self.head_scale))
+
+  @property
+  def init_std(self):
+    return math.sqrt(1 / (3 * (self.width or 64 * self.depth)))
+
+  def __call__(self, labels_B, teacher_BxMxC, keep_NxxB=None):
+    """Teacher forcing: logits (B, L, V) float32 of all scales at once.
+
+    teacher_BxMxC: `teacher_input` of the tokenizer, all scales but the first; keep_NxxB: (depth, 2, B) drop-path
+    factors, see `drop_path_factors`.
+    """
+    chex.assert_shape(teacher_BxMxC, (None, self.pyramid.length - self.pyramid.sizes[0], self.channels))
+    first_BxlxD = self._first(labels_B)
+    x_BxLxD = jnp.concatenate([first_BxlxD, self.word_embed(teacher_BxMxC)], axis=1)
+    x_BxLxD += self._where(slice(0, self.pyramid.length))
+    x_BxLxD, _ = self.blocks(x_BxLxD, keep_NxxB, None, self._condition(labels_B), self.pyramid.visible_LxL)
+    return self._logits(x_BxLxD, labels_B)
+
+  def next_scale(self, labels_B, scale, input_BxlxC, past):
+    """Logits (B, l, V) of one scale, and its keys and values for the finer ones.
+
+    input_BxlxC: the coarser scales' sum averaged down to this scale (None at the first); past: a tuple with what
+    earlier calls returned as their second value, () at the first scale.
+    """
+    x_BxlxD = self._first(labels_B) if scale == 0 else self.word_embed(input_BxlxC)
+    x_BxlxD += self._where(self.pyramid.slices[scale])
+    x_BxlxD, new = self.blocks(x_BxlxD, None, past, self._condition(labels_B), None)
+    return self._logits(x_BxlxD, labels_B), new
+
+  def _first(self, labels_B):
+    class_BxD = self.class_embedding[labels_B]
+    return (class_BxD[:, None] + self.start).astype(self.dtype)
+
+  def _where(self, tokens):
+    level_LxD = self.level_embedding[self.pyramid.level_L[tokens]]
+    return (level_LxD + self.position[tokens]).astype(self.dtype)
+
+  def _condition(self, labels_B):
+    class_BxD = self.class_embedding[labels_B].astype(self.dtype)
+    if not self.shared_adaln:
+      return class_BxD
+    return self.shared(nn.silu(class_BxD)).reshape(len(labels_B), 6, -1)
+
+  def _logits(self, x_BxLxD, labels_B):
+    class_BxD = self.class_embedding[labels_B]
+    scale_BxD, shift_BxD = jnp.split(self.head_adaln(nn.silu(class_BxD)), 2, axis=-1)
+    return self.head(layer_norm(x_BxLxD) * (scale_BxD[:, None] + 1) + shift_BxD[:, None])
+
+
+def drop_path_factors(key, depth, batch, rate):
+  """(depth, 2, batch) factors of the residual branches: 0 where dropped, else 1/(1-rate); rate rises linearly to `rate`."""
+  rates_N = jnp.linspace(0, rate, depth)[:, None, None]
+  kept = jax.random.bernoulli(key, 1 - rates_N, (depth, 2, batch))
+  return kept / (1 - rates_N)

@@ -1,0 +1,123 @@
+"""Encoder and decoder of the tokenizer: image <-> latent. The CompVis autoencoder that VAR's tokenizer uses (sec. 3.2).
+
+Images are (B, H, W, 3) in [-1, 1]; the latent is (B, H/stride, W/stride, C) with stride 2**(len(ch_mult) - 1).
+Convolutions run in `dtype`; norms and softmax in float32.
+"""
+
+from typing import Any, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Norm(nn.Module):
+  """Group norm with 32 groups (or as many as the channels allow), computed in float32 and returned in x's dtype."""
+
+  @nn.compact
+  def __call__(self, x):
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if x.shape[-1] % g == 0)
+    return nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name='norm')(x).astype(x.dtype)
+
+
+def conv(features, size, dtype, name, **options):
+  return nn.Conv(features, (size, size), dtype=dtype, name=name, **options)
+
+
+class ResBlock(nn.Module):
+  """norm, swish, conv; twice; plus the input, through a 1x1 convolution where the channels change."""
+
+  features: int
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BxHxWxC, train=False):
+    h = conv(self.features, 3, self.dtype, 'conv1')(nn.swish(Norm(name='norm1')(x_BxHxWxC)))
+    h = nn.swish(Norm(name='norm2')(h))
+    h = nn.Dropout(self.dropout, deterministic=not train)(h)
+    h = conv(self.features, 3, self.dtype, 'conv2')(h)
+    if x_BxHxWxC.shape[-1] != self.features:
+      x_BxHxWxC = conv(self.features, 1, self.dtype, 'shortcut')(x_BxHxWxC)
+    return x_BxHxWxC + h
+
+
+class AttnBlock(nn.Module):
+  """Single-head self-attention over the positions of a feature map."""
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BxHxWxC):
+    B, H, W, C = x_BxHxWxC.shape
+    qkv = conv(3 * C, 1, self.dtype, 'qkv')(Norm(name='norm')(x_BxHxWxC)).reshape(B, H * W, 3, C)
+    q_BxNxC, k_BxNxC, v_BxNxC = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    scores_BxNxN = jnp.einsum('bnc,bmc->bnm', q_BxNxC, k_BxNxC, preferred_element_type=jnp.float32) * C**-0.5
+    weights_BxNxN = jax.nn.softmax(scores_BxNxN, axis=-1).astype(self.dtype)
+    out = jnp.einsum('bnm,bmc->bnc', weights_BxNxN, v_BxNxC).reshape(B, H, W, C)
+    return x_BxHxWxC + conv(C, 1, self.dtype, 'proj')(out)
+
+
+class Middle(nn.Module):
+  """The stretch of encoder and decoder at the lowest resolution."""
+
+  features: int
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = ResBlock(self.features, self.dropout, self.dtype, name='block_1')(x, train)
+    x = AttnBlock(self.dtype, name='attn_1')(x)
+    return ResBlock(self.features, self.dropout, self.dtype, name='block_2')(x, train)
+
+
+class Encoder(nn.Module):
+  """Image (B, H, W, 3) -> features (B, H/stride, W/stride, channels)."""
+
+  channels: int = 32
+  ch: int = 160
+  ch_mult: Sequence[int] = (1, 1, 2, 2, 4)
+  res_blocks: int = 2
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = conv(self.ch, 3, self.dtype, 'conv_in')(x)
+    last = len(self.ch_mult) - 1
+    for level, mult in enumerate(self.ch_mult):
+      for i in range(self.res_blocks):
+        x = ResBlock(self.ch * mult, self.dropout, self.dtype, name=f'down_{level}_block_{i}')(x, train)
+        if level == last:
+          x = AttnBlock(self.dtype, name=f'down_{level}_attn_{i}')(x)
+      if level < last:
+        # Padding at the right and bottom alone, as the published network.
+        x = conv(x.shape[-1], 3, self.dtype, f'down_{level}_conv', strides=2, padding=((0, 1), (0, 1)))(x)
+    x = Middle(x.shape[-1], self.dropout, self.dtype, name='mid')(x, train)
+    return conv(self.channels, 3, self.dtype, 'conv_out')(nn.swish(Norm(name='norm_out')(x)))
+
+
+class Decoder(nn.Module):
+  """Features (B, h, w, channels) -> image (B, h*stride, w*stride, 3), not clipped."""
+
+  ch: int = 160
+  ch_mult: Sequence[int] = (1, 1, 2, 2, 4)
+  res_blocks: int = 2
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    last = len(self.ch_mult) - 1
+    x = conv(self.ch * self.ch_mult[-1], 3, self.dtype, 'conv_in')(x)
+    x = Middle(x.shape[-1], self.dropout, self.dtype, name='mid')(x, train)
+    for level in reversed(range(len(self.ch_mult))):
+      for i in range(self.res_blocks + 1):
+        x = ResBlock(self.ch * self.ch_mult[level], self.dropout, self.dtype, name=f'up_{level}_block_{i}')(x, train)
+        if level == last:
+          x = AttnBlock(self.dtype, name=f'up_{level}_attn_{i}')(x)
+      if level > 0:
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        x = conv(x.shape[-1], 3, self.dtype, f'up_{level}_conv')(x)
+    return conv(3, 3, self.dtype, 'conv_out')(nn.swish(Norm(name='norm_out')(x)))
