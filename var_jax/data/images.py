@@ -1,0 +1,129 @@
+"""Image files to uint8 RGB arrays, and uint8 arrays to what a network sees (and back).
+
+Nothing here reads or changes PIL's global switches: the limits hold whatever else runs in the process.
+"""
+
+import io
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from var_jax.errors import UserError
+
+MAX_PIXELS = 178_956_970  # half a gigabyte of RGB; the size at which PIL too refuses by default
+ORIENTATION = 0x0112  # EXIF tag
+# The decoders are called directly: PIL.Image.open would warn through process-wide state and try other formats.
+DECODERS = (
+  (b'\xff\xd8\xff', JpegImagePlugin.JpegImageFile),
+  (b'\x89PNG\r\n\x1a\n', PngImagePlugin.PngImageFile),
+  (b'RIFF', WebPImagePlugin.WebPImageFile),
+)
+
+
+class UnreadableImage(UserError):
+  """An image that cannot be decoded; the message names it and the reason."""
+
+
+def read_image(source, *, size=None, name=None):
+  """Decodes a JPEG, PNG or WebP (told by content, not by suffix) to uint8 (H, W, 3) RGB.
+
+  source: path or bytes; name: what errors call it. EXIF orientation is applied, transparency is composited on white,
+  16-bit greyscale is scaled to 8 bits. With `size` = (height, width), a JPEG may be decoded at 1/2, 1/4 or 1/8 scale
+  as long as it stays at least that large: faster, but not the pixels that the full decode followed by `fit` would give.
+  Raises UnreadableImage for anything else: missing, truncated, not an image, more than MAX_PIXELS in its header.
+  """
+  name = name or (f'{len(source)} bytes' if isinstance(source, bytes) else str(source))
+  try:
+    data = source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
+    with _open(data) as image:
+      if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f'{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}')
+      turn = _orientation(image)
+      if size and image.format == 'JPEG':
+        image.draft(None, size if turn >= 5 else size[::-1])  # 5 to 8 swap width and height
+      image.load()
+      return np.array(_rgb(ImageOps.exif_transpose(image) if turn > 1 else image))
+  except MemoryError:
+    raise
+  except Exception as error:  # decoders fail in every way there is on broken files
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    raise UnreadableImage(f'cannot read image {name}: {why}; replace or remove it') from error
+
+
+def _open(data):
+  """PIL image of the bytes, header read, pixels not decoded. Raises ValueError for other formats."""
+  for signature, decoder in DECODERS:
+    if data.startswith(signature):
+      return decoder(io.BytesIO(data))
+  raise ValueError('not a JPEG, PNG or WebP' if data else 'empty')
+
+
+def _orientation(image):
+  """EXIF orientation 1 to 8; 1 where the EXIF block itself is damaged, which spoils no pixel."""
+  try:
+    turn = image.getexif().get(ORIENTATION, 1)
+  except Exception:
+    return 1
+  return turn if turn in range(1, 9) else 1
+
+
+def _rgb(image):
+  """Any PIL mode that the three formats give -> mode RGB."""
+  if image.mode.startswith('I'):  # 16-bit greyscale, which PIL's own conversion clips at 255
+    values = np.asarray(image).astype(np.float32)
+    grey = np.clip(np.rint(values / 257), 0, 255).astype(np.uint8)
+    clear = image.info.get('transparency')
+    if isinstance(clear, int):
+      grey[values == clear] = 255
+    return Image.fromarray(grey).convert('RGB')
+  if image.has_transparency_data:
+    rgba = image.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba).convert('RGB')
+  return image.convert('RGB')
+
+
+def fit(image, size, *, enlarge=1.125, rng=None, flip=False):
+  """The published augmentation: uint8 (H, W, 3) -> uint8 (h, w, 3) with size = (h, w).
+
+  Lanczos to the smallest image that covers round(enlarge * size) with the aspect kept, then a crop of `size`: uniform
+  with the NumPy Generator `rng`, central without. `flip` mirrors half of the images; it needs an rng.
+  Raises UserError for enlarge < 1, UnreadableImage for an image so narrow that covering takes more than MAX_PIXELS.
+  """
+  if enlarge < 1:
+    raise UserError(f'enlarge={enlarge} would make the image smaller than the crop: use 1 or more')
+  height, width = size
+  image = _cover(image, (round(enlarge * height), round(enlarge * width)))
+  spare_y, spare_x = image.shape[0] - height, image.shape[1] - width
+  if rng is None:
+    y, x = round(spare_y / 2), round(spare_x / 2)
+  else:
+    y, x = rng.integers(spare_y + 1), rng.integers(spare_x + 1)
+  image = image[y:y + height, x:x + width]
+  if flip and rng is not None and rng.random() < 0.5:
+    image = image[:, ::-1]
+  return image
+
+
+def _cover(image, size):
+  """Lanczos-resizes (H, W, 3) so that one edge equals that of size and the other is at least as long (rounded down)."""
+  (old_h, old_w), (h, w) = image.shape[:2], size
+  if h * old_w >= w * old_h:
+    w = old_w * h // old_h
+  else:
+    h = old_h * w // old_w
+  if (h, w) == (old_h, old_w):
+    return image
+  if h * w > MAX_PIXELS:
+    raise UnreadableImage(f'an image of {old_w}x{old_h} is too narrow to be enlarged to {w}x{h}: crop or remove it')
+  return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS))
+
+
+def to_float(image):
+  """uint8 (..., 3) in 0..255 -> float32 in [-1, 1]."""
+  return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_uint8(image):
+  """float (..., 3) in [-1, 1] -> uint8 in 0..255, rounded and clipped: the inverse of `to_float`."""
+  return np.clip(np.rint((np.asarray(image, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)

@@ -1,0 +1,209 @@
+"""Source -> batches, with grain. The position in the data is the number of the batch and nothing else.
+
+Element g of the endless stream of epochs is a function of (source, seed, g): which image, which crop, which flip. Batch
+b is elements b*B to (b+1)*B - 1, and process p of n takes the p-th n-th of its rows. So a run resumes at any batch with
+any number of processes and workers, and sees what it would have seen.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+
+import grain
+import numpy as np
+from absl import flags
+
+from var_jax.data.images import UnreadableImage, fit, to_float
+from var_jax.errors import UserError
+
+BYTES_IN_FLIGHT = 2**31  # of batches being made in threads
+MAX_IN_A_ROW = 100       # unreadable images before giving up
+MAX_SHARE = 0.01         # of unreadable images
+
+
+def train_batches(source, *, batch_size, size, seed, start=0, enlarge=1.125, flip=False, workers=0, process_index=0,
+                  process_count=1):
+  """Endless Batches of {'image': (B_local, h, w, 3) float32 in [-1, 1], 'label': (B_local,) int32}.
+
+  batch_size is global, size = (h, w); every image comes once per epoch, in an order and with crops (and flips) drawn
+  from the seed, an int >= 0. `start` is the number of the first batch. workers: processes that prepare whole batches
+  and hand them over in /dev/shm (containers often limit it); 0 uses threads of this process. Raises UserError for a
+  batch size that process_count does not divide, an empty source, a negative seed, and (from `next`) when more than 1 %
+  of the images are unreadable.
+  """
+  if seed < 0:
+    raise UserError(f'seed {seed} is negative: use 0 or more')
+  local = _local_size(source, batch_size, process_index, process_count)
+  order_seed, augment_seed = (int(part) for part in np.random.SeedSequence(seed).generate_state(2))
+  elements = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat()
+  elements = elements.random_map(_TrainElement(source, size, enlarge, flip), seed=augment_seed)
+  rows = _ProcessRows(elements, batch_size, local, process_index, start)
+  return Batches(rows.batch(local), source, local, size, enlarge, workers)
+
+
+def eval_batches(source, *, batch_size, size, enlarge=1.125, limit=None, process_index=0, process_count=1, workers=0):
+  """Batches in source order with central crops, once through the source or its first `limit` images.
+
+  As `train_batches`, with 'mask': (B_local,) float32, 0 for the rows that fill up the last batch (they repeat images).
+  Every process gets the same number of batches.
+  """
+  local = _local_size(source, batch_size, process_index, process_count)
+  count = len(source) if limit is None else min(limit, len(source))
+  elements = grain.MapDataset.range(-(-count // batch_size) * batch_size)
+  elements = elements.map(_EvalElement(source, size, enlarge, count))
+  rows = _ProcessRows(elements, batch_size, local, process_index, 0)
+  return Batches(rows.batch(local), source, local, size, enlarge, workers)
+
+
+def _local_size(source, batch_size, process_index, process_count):
+  """Rows of a batch that belong to one process."""
+  if not len(source):
+    raise UserError('the data source is empty: give one with images')
+  if batch_size < 1 or batch_size % process_count:
+    raise UserError(f'batch size {batch_size} cannot be shared by {process_count} processes: use a multiple of that')
+  if not 0 <= process_index < process_count:
+    raise UserError(f'process_index {process_index} is not one of {process_count} processes: count them from 0')
+  return batch_size // process_count
+
+
+class Batches:
+  """Iterator over batches as dicts of NumPy arrays; `close` it to end its threads or worker processes.
+
+  drawn, skipped: how many images this process has asked for, and how many of them were unreadable and replaced.
+  """
+
+  def __init__(self, batches, source, local, size, enlarge, workers):
+    self.drawn = 0
+    self.skipped = 0
+    self._first_bad = None
+    self._source, self._size, self._enlarge = source, size, enlarge
+    self._iterator = iter(_parallel(batches, local * size[0] * size[1] * 3 * 4, workers))
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    try:
+      batch = next(self._iterator)
+      self._count(batch.pop('skipped'), batch.get('mask'))
+    except StopIteration:
+      raise
+    except BaseException:  # Ctrl-C too: what is left running would delay the exit
+      self.close()
+      raise
+    return {name: np.asarray(array) for name, array in batch.items()}  # not grain's subclass for shared memory
+
+  def close(self):
+    """Ends threads and processes; no further batch can be drawn. May be called twice."""
+    self._iterator.close()
+
+  def _count(self, skipped, mask):
+    """Adds one batch's unreadable images (source index + 1, or 0) and raises UserError when they are too many."""
+    if mask is not None:
+      skipped = skipped[mask > 0]
+    self.drawn += len(skipped)
+    bad = skipped[skipped > 0]
+    self.skipped += len(bad)
+    if len(bad) and self._first_bad is None:
+      self._first_bad = int(bad[0]) - 1
+    if self.skipped > MAX_SHARE * max(self.drawn, len(self._source)):
+      raise UserError(f'{self.skipped} of {self.drawn} images drawn were unreadable, more than {MAX_SHARE:.0%} of '
+                      f'{max(self.drawn, len(self._source))}; the first: number '
+                      f'{self._first_bad}, {self._reason()}')
+
+  def _reason(self):
+    """Why the first bad image is bad: read here once more, for it may have been met in another process."""
+    try:
+      _prepare(self._source, self._first_bad, self._size, self._enlarge)
+    except UnreadableImage as error:
+      return str(error)
+    return 'which can be read now: check the storage'
+
+
+def _parallel(batches, batch_bytes, workers):
+  """Grain iterator dataset that makes batches ahead, in order: in `workers` processes, or in threads for 0."""
+  if workers:
+    # A worker makes one batch after the other and keeps two ready; batches are dealt to the workers in turn.
+    read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # grain asks absl for its options; outside of a command nobody has parsed any
+    spread = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return batches.to_iter_dataset(read).mp_prefetch(spread, worker_init_fn=_start_worker)
+  threads = max(2, min(os.cpu_count() or 1, BYTES_IN_FLIGHT // batch_bytes))
+  return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+
+
+def _start_worker(index, count):
+  """In a worker process: leaves Ctrl-C to the main process, and ends with it even if that one is killed."""
+  del index, count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+
+  def watch():
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+class _ProcessRows(grain.MapDataset):
+  """The elements of one process: local row index -> index in the global stream, from batch `start` on."""
+
+  def __init__(self, parent, batch_size, local, process_index, start):
+    super().__init__(parent)
+    self._batch_size, self._local = batch_size, local
+    self._offset = start * batch_size + process_index * local
+    self._length = (min(len(parent), sys.maxsize) // batch_size - start) * local
+
+  def __len__(self):
+    return self._length
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    batch, row = divmod(index, self._local)
+    return self._parent[self._offset + batch * self._batch_size + row]
+
+  def __str__(self):
+    return f'_ProcessRows({self._local} of {self._batch_size} from {self._offset})'
+
+
+class _TrainElement(grain.transforms.RandomMap):
+  """Source index -> element of a training batch, cropped and flipped by the element's own generator."""
+
+  def __init__(self, source, size, enlarge, flip):
+    self._source, self._size, self._enlarge, self._flip = source, size, enlarge, flip
+
+  def random_map(self, index, rng):
+    return _readable(self._source, index, self._size, self._enlarge, rng, self._flip)
+
+
+class _EvalElement(grain.transforms.Map):
+  """Position -> element of an evaluation batch; positions from `count` on repeat the first ones, masked."""
+
+  def __init__(self, source, size, enlarge, count):
+    self._source, self._size, self._enlarge, self._count = source, size, enlarge, count
+
+  def map(self, position):
+    element = _readable(self._source, position % self._count, self._size, self._enlarge)
+    return element | {'mask': np.float32(position < self._count)}
+
+
+def _readable(source, index, size, enlarge, rng=None, flip=False):
+  """Element of source[index], or of the next readable image; 'skipped' is then index + 1, else 0."""
+  for step in range(min(MAX_IN_A_ROW, len(source))):
+    try:
+      image, label = _prepare(source, (index + step) % len(source), size, enlarge, rng, flip)
+    except UnreadableImage as error:
+      first = error if step == 0 else first
+    else:
+      return {'image': image, 'label': np.int32(label), 'skipped': np.int32(index + 1 if step else 0)}
+  raise UserError(f'{step + 1} images in a row are unreadable from number {index} on; the first: {first}')
+
+
+def _prepare(source, index, size, enlarge, rng=None, flip=False):
+  """((h, w, 3) float32 in [-1, 1], label) of source[index]. Raises UnreadableImage."""
+  image, label = source[index]
+  return to_float(fit(image, size, enlarge=enlarge, rng=rng, flip=flip)), label
