@@ -1,0 +1,36 @@
+"""VAR on scikit-learn's handwritten digits, 16 px: the embedded default, nothing to download. Two cores will do.
+
+python -m var_jax train --config=experiments/digits.py:tokenizer --workdir=runs/digits/tokenizer
+python -m var_jax train --config=experiments/digits.py:generator --workdir=runs/digits/generator \
+    --config.tokenizer=runs/digits/tokenizer
+"""
+
+from var_jax import configs
+
+
+def get_config(argument='tokenizer'):
+  stage, options = configs.parse_argument(argument, depth=4, runlocal=False)
+  config = _tokenizer() if stage == 'tokenizer' else _generator(options['depth'])
+  config.data.update(source='digits', enlarge=1.125)
+  config.update(log_every=20, eval_every=200, pictures_every=200, checkpoint_every=200)
+  if options['runlocal']:
+    config.update(steps=20, log_every=5, eval_every=10, pictures_every=20, checkpoint_every=10, eval_images=64)
+  return config
+
+
+def _tokenizer():
+  config = configs.tokenizer()
+  config.update(image_size=(16, 16), batch_size=64, steps=600, ema=0.99)
+  config.optimizer.update(peak_lr=1e-3, betas=(0.9, 0.95), schedule='cos')
+  config.model.update(scales=(1, 2, 3, 4), codes=128, channels=16, ch=32, ch_mult=(1, 2, 2), res_blocks=1)
+  config.codebook.restart_every = 20
+  return config
+
+
+def _generator(depth):
+  config = configs.generator(depth)
+  config.update(batch_size=128, steps=800, ema=0.99)
+  config.optimizer.update(peak_lr=1e-3)
+  config.model.update(width=128, heads=4)
+  config.sample.update(cfg=1.5, top_k=0, top_p=0.96)
+  return config

@@ -1,0 +1,46 @@
+"""`python -m var_jax VERB`, the same as `var-jax VERB`: one file in `commands/` for each verb."""
+
+import importlib
+import os
+import sys
+
+from var_jax.errors import UserError
+
+VERBS = {
+    'train': 'train a tokenizer or a generator; resumes by itself',
+    'sample': 'draw images of the classes asked for',
+    'reconstruct': 'encode images and show them after every scale',
+}
+
+USAGE = """usage: var-jax VERB [flags]      (python -m var_jax VERB is the same)
+
+%s
+
+example: var-jax train --config=experiments/digits.py:tokenizer --workdir=runs/digits/tokenizer
+`var-jax VERB --help` shows a verb's flags."""
+
+
+def main(arguments=None):
+  """Runs one command. Exit status 0, 2 for bad input, 130 and 143 after Ctrl-C and SIGTERM."""
+  arguments = sys.argv[1:] if arguments is None else arguments
+  verb = arguments[0] if arguments else '--help'
+  if verb in ('--help', '-h', 'help'):
+    print(USAGE % '\n'.join(f'  {name:12} {text}' for name, text in VERBS.items()))
+    return 0 if arguments else 2
+  try:
+    if verb not in VERBS:
+      raise UserError(f'there is no verb {verb!r}: use one of {", ".join(VERBS)}')
+    return importlib.import_module(f'var_jax.commands.{verb}').main(arguments[1:]) or 0
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('stopped', file=sys.stderr)
+    return 130
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,63 @@
+"""Flags shared by the commands: argparse with one-line errors, and ml_collections' typed config overrides."""
+
+import argparse
+import pathlib
+
+import absl.flags
+from ml_collections import config_flags
+
+from var_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse whose errors are UserErrors and whose help ends in an example."""
+
+  def __init__(self, verb, description, example):
+    super().__init__(
+        prog=f'var-jax {verb}', description=description, epilog=f'example:\n  {example}', allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+  def error(self, message):
+    raise UserError(f'{message}; see `{self.prog} --help`')
+
+
+def numbers(text):
+  """'0,3,7' -> [0, 3, 7]."""
+  try:
+    return [int(part) for part in text.split(',')]
+  except ValueError:
+    raise argparse.ArgumentTypeError(f'{text!r} is not a list of whole numbers such as 0,3,7') from None
+
+
+def read_config(path, overrides):
+  """The locked config of 'FILE.py:argument' with overrides ['--config.a.b=v', …]. UserError for anything unknown."""
+  file = path.partition(':')[0]
+  if not pathlib.Path(file).is_file():
+    raise UserError(f'there is no experiment {file}: see the experiments/ folder, or check the path')
+  strange = [o for o in overrides if not o.startswith('--config.')]
+  if strange:
+    raise UserError(f'unknown flag {strange[0]}; settings are given as --config.NAME=VALUE, see --help')
+  values = absl.flags.FlagValues()
+  arguments = ['var_jax', f'--config={path}', *overrides]
+  try:
+    config_flags.DEFINE_config_file('config', flag_values=values, lock_config=True, sys_argv=arguments)
+    values(arguments)
+    return values.config
+  except UserError:
+    raise
+  except (absl.flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(_explain(error)) from error
+
+
+def _explain(error):
+  """One line from the errors of absl and ml_collections, which speak in paragraphs."""
+  cause = error.__cause__ or error.__context__
+  if isinstance(cause, UserError):
+    return str(cause)
+  return ' '.join(str(error).strip('\'"').split())[:300]
+
+
+def at_least(flag, value, least):
+  """Raises UserError when a number that was given is too small."""
+  if value is not None and value < least:
+    raise UserError(f'{flag}={value} is too small: use {least} or more')

@@ -1,0 +1,46 @@
+"""What commands leave: one picture, an .npz in the evaluators' layout, or a folder of PNGs."""
+
+import pathlib
+import zipfile
+
+import numpy as np
+
+from var_jax import pictures
+from var_jax.errors import UserError
+
+PICTURES = ('.png', '.jpg', '.jpeg', '.webp')
+
+
+def check(out):
+  """Raises UserError early when `out` cannot be written."""
+  path = pathlib.Path(out)
+  if path.suffix.lower() not in (*PICTURES, '.npz', ''):
+    raise UserError(f'--out={out} has a suffix that is not known: use .png, .npz, or a folder without one')
+  if path.suffix and path.is_dir():
+    raise UserError(f'--out={out} is a folder: name a file')
+  if not path.suffix and path.is_file():
+    raise UserError(f'--out={out} is a file: name a folder, or use a suffix such as .png')
+  folder = path.parent if path.suffix else path
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / '.var_jax_can_write').touch()
+    (folder / '.var_jax_can_write').unlink()
+  except OSError as error:
+    raise UserError(f'cannot write to {folder} ({error.strerror}): choose another --out') from None
+
+
+def save(out, images_NxHxWx3, picture=None, **arrays):
+  """Writes (N, H, W, 3) uint8 images; an .npz has them as arr_0 beside `arrays`. picture: what a .png shows instead."""
+  path = pathlib.Path(out)
+  try:
+    if path.suffix.lower() == '.npz':
+      temporary = path.with_name(path.name + '.part.npz')
+      np.savez(temporary, arr_0=images_NxHxWx3, **arrays)
+      temporary.replace(path)
+    elif path.suffix:
+      pictures.save(path, pictures.sheet(images_NxHxWx3) if picture is None else picture)
+    else:
+      for i, image in enumerate(images_NxHxWx3):
+        pictures.save(path / f'{i:06d}.png', image)
+  except (OSError, zipfile.BadZipFile) as error:
+    raise UserError(f'could not write {out} ({error}): free some space or choose another --out') from None

@@ -1,0 +1,131 @@
+"""Every setting of a run with its default, in one place. An experiment names only what deviates from these.
+
+Used by `experiments/*.py`, whose `get_config(argument)` gets what follows the colon in `FILE.py:generator,depth=16`.
+"""
+
+import ml_collections
+
+from var_jax.errors import UserError
+
+
+def _common(stage):
+  return ml_collections.ConfigDict(dict(
+      stage=stage,
+      seed=0,
+      data=dict(
+          source='digits',   # digits, folder, arrays or tfds
+          path='',           # where the images are, for all but digits
+          enlarge=1.125,     # resize to this many times the image's size, then crop at random; 1 to take the whole
+          flip=False,
+          workers=0,         # processes that decode images; 0 decodes in threads of the main process
+      ),
+      batch_size=768,        # images per step, over all devices
+      accumulate=1,          # slices of a batch that are computed one after the other
+      steps=0,               # 0: from epochs
+      epochs=0.0,
+      dtype='float32',       # of activations: float32 or bfloat16; parameters and sums stay float32
+      ema=0.0,               # decay of the average of the parameters; 0 for none
+      max_skipped_in_row=20, # give up after so many steps without finite gradients
+      log_every=50,          # steps between lines in metrics.jsonl
+      eval_every=1000,
+      eval_images=0,         # held-out images per evaluation; 0 for all
+      pictures_every=1000,
+      checkpoint_every=1000,
+      keep=2,                # newest checkpoints to keep
+      optimizer=dict(
+          peak_lr=3e-4,
+          schedule='lin0',   # cos, lin, lin0, lin00 or exp
+          warmup=0.02,       # fraction of the run
+          start_ratio=0.005, # of the peak, at the first step
+          end_ratio=0.1,     # of the peak, at the last step
+          betas=(0.9, 0.95),
+          decay=0.05,
+          decay_end=0.05,    # weight decay moves from one to the other by half a cosine
+          clip=2.0,          # global gradient norm; 0 for none
+      ),
+  ))
+
+
+def tokenizer():
+  """Defaults of the tokenizer stage: the published network, and a recipe for its unpublished training."""
+  config = _common('tokenizer')
+  config.image_size = (256, 256)
+  config.ema = 0.9999
+  config.optimizer.update(betas=(0.5, 0.9), decay=0.05, decay_end=0.05, clip=1.0)
+  config.model = dict(
+      scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16),  # numbers or (height, width) pairs; the last is the latent's size
+      codes=4096,
+      channels=32,
+      ch=160,
+      ch_mult=(1, 1, 2, 2, 4),
+      res_blocks=2,
+      dropout=0.0,
+      phi_layers=4,
+      phi_ratio=0.5,
+      beta=0.25,             # weight of the commitment loss
+      normalized_lookup=False,
+  )
+  config.loss = dict(
+      l1=0.2,
+      l2=1.0,
+      quantizer=1.0,
+      lpips=0.0,             # needs lpips_weights, a .safetensors, .npz or .pth file
+      lpips_weights='',
+      adversarial=0.0,       # relative to the reconstruction's gradient
+      adversarial_start=0.22,  # fraction of the run
+      discriminator_ch=64,
+      discriminator_lr=3e-4,
+  )
+  config.codebook = dict(
+      restart_every=0,       # steps between checks for dead codes; 0: never, as the published code
+      restart_after=2,       # checks in a row without use before a code is put on a residual of the batch
+  )
+  return config
+
+
+def generator(depth=16):
+  """Defaults of the generator stage: the published recipe of that depth."""
+  config = _common('generator')
+  config.tokenizer = ''      # the workdir of the tokenizer to use
+  config.data.enlarge = 1.125
+  config.model = dict(
+      depth=depth,
+      width=0,               # 0: 64·depth
+      heads=0,               # 0: depth
+      mlp_ratio=4.0,
+      classes=0,             # 0: as many as the data has
+      normalize_qk=True,
+      shared_adaln=False,
+      adaln_gamma=1e-3,      # initial scale of the gammas
+  )
+  config.drop_path = 0.1 * depth / 24
+  config.label_drop = 0.1
+  config.label_smoothing = 0.0
+  config.progressive = dict(
+      end=0.0,               # fraction of the run by which all scales are trained; 0: all from the start
+      start_scale=4,         # finest scale at first
+      ramp=0.01,             # fraction of the run over which a new scale's weight grows
+  )
+  config.sample = dict(cfg=1.5, top_k=900, top_p=0.96)  # of the pictures drawn while training
+  return config
+
+
+def parse_argument(argument, **options):
+  """'generator,depth=16,runlocal' -> ('generator', {'depth': 16, 'runlocal': True}), with `options` as defaults.
+
+  Raises UserError for a stage or an option that does not exist, or a value of another type.
+  """
+  stage, *words = (argument or 'tokenizer').split(',')
+  if stage not in ('tokenizer', 'generator'):
+    raise UserError(f'there is no stage {stage!r}: write FILE.py:tokenizer or FILE.py:generator')
+  values = dict(options)
+  for word in words:
+    name, _, text = word.partition('=')
+    if name not in options:
+      raise UserError(f'this experiment has no option {name!r}: it takes {", ".join(options)}')
+    kind = type(options[name])
+    try:
+      values[name] = text.lower() in ('', '1', 'true') if kind is bool else kind(text)
+    except ValueError:
+      raise UserError(f'option {name}={text!r} must be of type {kind.__name__}') from None
+  return stage, values

@@ -1,0 +1,142 @@
+"""A trained model for notebooks and commands: `model = var_jax.load(DIR); model.sample([3, 7], seed=0)`."""
+
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from var_jax import workdir as workdir_lib
+from var_jax.data.images import to_float, to_uint8
+from var_jax.errors import UserError
+from var_jax.generator import sampling
+from var_jax.training import mesh as mesh_lib
+
+
+class Samples(NamedTuple):
+  """images (N, H, W, 3) uint8, labels (N,) int32, tokens (N, L) int32."""
+
+  images: Any
+  labels: Any
+  tokens: Any
+
+
+class Model:
+  """What a workdir holds. A tokenizer's workdir encodes and decodes; a generator's samples as well.
+
+  Work is done in batches of a fixed size over all devices; the last one is filled up, so that a picture does not depend
+  on how many are asked for.
+  """
+
+  def __init__(self, tokenizer, tokenizer_params, generator=None, generator_params=None):
+    self.tokenizer, self.generator = tokenizer, generator
+    self._mesh = mesh_lib.make_mesh(jax.local_devices())
+    params = {'tokenizer': tokenizer_params} | ({'generator': generator_params} if generator else {})
+    self._params = mesh_lib.put_state(params, self._mesh)
+
+  def sample(self, labels, seed=0, *, cfg=1.5, top_k=900, top_p=0.96, temperature=1.0, smooth=False, first=0,
+             batch_size=64, progress=False):
+    """Draws one image per label: `Samples`. Image i depends on (seed, first + i) and its label alone.
+
+    labels: N class numbers; top_k, top_p: 0 turns the filter off. UserError for a label or value out of range.
+    """
+    if self.generator is None:
+      raise UserError('this workdir holds a tokenizer only: sample from the workdir of a generator')
+    labels = self._check_labels(labels)
+    _check_choices(cfg, top_k, top_p, temperature)
+    draw = self._sampler(int(top_k), top_p > 0, bool(smooth))
+    numbers = (jnp.float32(cfg), jnp.float32(top_p), jnp.float32(temperature))
+    run = lambda labels, index: draw(self._params, labels, index, jnp.uint32(seed), *numbers)
+    index = np.arange(first, first + len(labels), dtype=np.uint32)
+    images, tokens = self._in_batches(run, (labels, index), batch_size, 'sampling' if progress else None)
+    return Samples(images, labels, tokens)
+
+  def encode(self, images, *, batch_size=64):
+    """(N, H, W, 3) uint8, or float in [-1, 1] -> tokens (N, L) int32, coarse to fine."""
+    images = self._check_images(images)
+    return self._in_batches(self._tokenize('encode'), (images,), batch_size)[0]
+
+  def decode(self, tokens, *, batch_size=64):
+    """(N, L) tokens -> (N, H, W, 3) uint8."""
+    tokens = self._check_tokens(tokens)
+    return self._in_batches(self._tokenize('decode'), (tokens,), batch_size)[0]
+
+  def decode_every_scale(self, tokens, *, batch_size=16):
+    """(N, L) tokens -> (N, K, H, W, 3) uint8: the picture after every scale."""
+    tokens = self._check_tokens(tokens)
+    return self._in_batches(self._tokenize('decode_every_scale'), (tokens,), batch_size)[0]
+
+  @functools.cache
+  def _sampler(self, top_k, use_top_p, smooth):
+    @jax.jit
+    def draw(params, labels_B, index_B, seed, cfg, top_p, temperature):
+      choices = sampling.Choices(cfg, top_k, top_p if use_top_p else 0.0, temperature, smooth)
+      keys_B = sampling.image_keys(seed, index_B)
+      out = sampling.sample(self.generator, self.tokenizer, params, labels_B, keys_B, choices)
+      return out.image_BxHxWx3, out.tokens_BxL
+
+    return draw
+
+  @functools.cache
+  def _tokenize(self, method):
+    apply = jax.jit(lambda params, x: self.tokenizer.apply({'params': params}, x, method=method))
+    return lambda x: (apply(self._params['tokenizer'], x),)
+
+  def _in_batches(self, run, arrays, batch_size, title=None):
+    """Runs batches of one fixed size over all devices; images come back as uint8."""
+    count, devices = len(arrays[0]), self._mesh.size
+    if not count:
+      raise UserError('there is nothing to do: give at least one image, label or row of tokens')
+    batch_size = -(-max(batch_size, 1) // devices) * devices
+    parts = []
+    for start in tqdm.tqdm(range(0, count, batch_size), desc=title, unit='batch', disable=title is None, delay=2):
+      part = [np.resize(a[start:start + batch_size], (batch_size, *a.shape[1:])) for a in arrays]
+      out = run(*(jax.device_put(a, mesh_lib.split(self._mesh)) for a in part))
+      out = [to_uint8(np.asarray(x)) if x.dtype == jnp.float32 else np.asarray(x) for x in out]
+      parts.append([x[:count - start] for x in out])
+    return [np.concatenate(column) for column in zip(*parts)]
+
+  def _check_labels(self, labels):
+    labels, classes = np.atleast_1d(np.asarray(labels)), self.generator.classes
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+      raise UserError(f'labels must be whole numbers, not {labels.tolist()!r}')
+    bad = labels[(labels < 0) | (labels >= classes)]
+    if len(bad):
+      raise UserError(f'label {bad[0]} does not exist: this model has the classes 0 to {classes - 1}')
+    return labels.astype(np.int32)
+
+  def _check_images(self, images):
+    images, size = np.asarray(images), self.tokenizer.image_size
+    if images.ndim != 4 or images.shape[1:] != (*size, 3):
+      raise UserError(f'images must be (N, {size[0]}, {size[1]}, 3), not {images.shape}: resize them first')
+    return to_float(images) if images.dtype == np.uint8 else images.astype(np.float32)
+
+  def _check_tokens(self, tokens):
+    tokens, length, codes = np.asarray(tokens), self.tokenizer.pyramid.length, self.tokenizer.codes
+    if tokens.ndim != 2 or tokens.shape[1] != length:
+      raise UserError(f'tokens must be (N, {length}), not {tokens.shape}')
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < codes:
+      raise UserError(f'tokens must lie between 0 and {codes - 1}')
+    return tokens.astype(np.int32)
+
+
+def _check_choices(cfg, top_k, top_p, temperature):
+  if not np.isfinite(cfg):
+    raise UserError(f'cfg {cfg} is not a number: 0 is without guidance, 1.5 is usual')
+  if top_k < 0:
+    raise UserError(f'top_k {top_k} is negative: use 0 to turn it off')
+  if not 0 <= top_p <= 1:
+    raise UserError(f'top_p {top_p} is not between 0 and 1; 0 turns it off')
+  if not temperature > 0:
+    raise UserError(f'temperature {temperature} is not above 0: use top_k=1 for the likeliest tokens')
+
+
+def load(workdir):
+  """The model of a workdir, from its newest readable checkpoint. UserError when there is none."""
+  if workdir_lib.read_config(workdir).stage == 'tokenizer':
+    return Model(*workdir_lib.load_tokenizer(workdir))
+  generator, params, tokenizer, tokenizer_params = workdir_lib.load_generator(pathlib.Path(workdir))
+  return Model(tokenizer, tokenizer_params, generator, params)

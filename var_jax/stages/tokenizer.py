@@ -1,0 +1,166 @@
+"""The tokenizer stage: reconstruction, quantizer, perceptual and adversarial losses, and a codebook kept alive."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from var_jax import pictures
+from var_jax.data.images import to_uint8
+from var_jax.errors import UserError
+from var_jax.tokenizer import losses, lpips
+from var_jax.tokenizer.discriminator import PatchDiscriminator
+from var_jax.training import optimizer as optimizer_lib
+from var_jax.training.state import TrainState, accumulated
+
+
+class TokenizerStage:
+  """Trains a `Tokenizer`. See `training.loop.train` for what the loop asks of a stage."""
+
+  name = 'tokenizer'
+  metadata = {}
+
+  def __init__(self, config, tokenizer, steps):
+    self.config, self.tokenizer, self.steps = config, tokenizer, steps
+    self.image_size = tokenizer.image_size
+    self.optimizer = optimizer_lib.from_config(config.optimizer, steps)
+    self.discriminator = PatchDiscriminator(config.loss.discriminator_ch, dtype=tokenizer.dtype)
+    self.discriminator_optimizer = optimizer_lib.adamw(config.loss.discriminator_lr, betas=(0.5, 0.9), clip=1.0)
+    if config.loss.lpips and not config.loss.lpips_weights:
+      raise UserError('loss.lpips needs the VGG16 weights: set --config.loss.lpips_weights=FILE, or --config.loss.lpips=0')
+
+  def init(self):
+    """The state before the first step."""
+    config, image = self.config, jnp.zeros((1, *self.image_size, 3))
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    params = jax.jit(self.tokenizer.init)(key, image)['params']
+    extra = {}
+    if config.loss.adversarial:
+      extra['discriminator'] = jax.jit(self.discriminator.init)(jax.random.fold_in(key, 1), image)['params']
+      extra['discriminator_optimizer'] = self.discriminator_optimizer.init(extra['discriminator'])
+    if config.codebook.restart_every:
+      extra['idle_V'] = jnp.zeros(self.tokenizer.codes, jnp.int32)
+    frozen = {'lpips': lpips.load(config.loss.lpips_weights)} if config.loss.lpips else None
+    return TrainState.create(config.seed, params, self.optimizer, ema=bool(config.ema), extra=extra, frozen=frozen)
+
+  def check_metadata(self, metadata):
+    """Nothing: a tokenizer depends on no other model."""
+
+  def train_step(self, state, batch):
+    """(state, metrics) after one step. Pure."""
+    key = state.step_key
+    trained = {'model': state.params, 'discriminator': state.extra.get('discriminator')}
+    fixed = (state.frozen, state.step)
+    loss = lambda params, part, part_key: self._loss(params, part, part_key, *fixed)
+    grads, metrics = accumulated(loss, trained, {'image': batch['image']}, key, self.config.accumulate)
+    extra = dict(state.extra)
+    if self.config.loss.adversarial:
+      updates, extra['discriminator_optimizer'] = self.discriminator_optimizer.update(
+          grads['discriminator'], extra['discriminator_optimizer'], extra['discriminator'])
+      extra['discriminator'] = optax.apply_updates(extra['discriminator'], updates)
+    state, more = state.updated(
+        grads['model'], self.optimizer, ema_decay=self.config.ema, extra=extra, norm=optax.tree.norm(grads))
+    if every := self.config.codebook.restart_every:
+      check = lambda s: self._restart_dead_codes(s, batch['image'], jax.random.fold_in(key, 1))
+      due = (state.step % every == 0) & (state.skipped_in_row == 0)
+      state = jax.lax.cond(due, check, lambda s: s, state)
+    return state, metrics | more
+
+  def _loss(self, params, batch, key, frozen, step):
+    """A scalar whose gradient is the one wanted (not the loss itself, which is among the metrics), and metrics."""
+    weights, images = self.config.loss, batch['image']
+    out = self.tokenizer.apply({'params': params['model']}, images, train=True, rngs={'dropout': key})
+    drawn = jax.lax.stop_gradient(out.image_BxHxWx3)
+    image_loss = lambda image: self._image_loss(image, images, frozen)
+    if not weights.adversarial:
+      (total, metrics), gradient = jax.value_and_grad(image_loss, has_aux=True)(drawn)
+      discriminator_loss = 0.0
+    else:
+      gradient, total, metrics, discriminator_loss = self._adversarial(params['discriminator'], images, drawn, step, image_loss)
+    quantizer_loss = weights.quantizer * out.quantized.loss
+    surrogate = jnp.sum(gradient * out.image_BxHxWx3) + quantizer_loss + discriminator_loss
+    return surrogate, metrics | {
+        'loss': total + quantizer_loss, 'quantizer': out.quantized.loss, 'psnr': jnp.mean(losses.psnr(images, drawn))}
+
+  def _image_loss(self, image, target, frozen):
+    weights = self.config.loss
+    metrics = {'l1': jnp.mean(jnp.abs(image - target)), 'l2': jnp.mean((image - target) ** 2)}
+    loss = weights.l1 * metrics['l1'] + weights.l2 * metrics['l2']
+    if weights.lpips:
+      metrics['lpips'] = jnp.mean(lpips.distance(frozen['lpips'], image, target))
+      loss += weights.lpips * metrics['lpips']
+    return loss, metrics
+
+  def _adversarial(self, params, images, drawn, step, image_loss):
+    """(gradient at the image, loss, metrics, the discriminator's loss); the latter and its share 0 before the start."""
+    weights = self.config.loss
+    logits = lambda p, image: self.discriminator.apply({'params': p}, image)
+
+    def before(params):
+      (loss, metrics), gradient = jax.value_and_grad(image_loss, has_aux=True)(drawn)
+      zero = jnp.zeros(())
+      return gradient, loss, metrics | {'adversarial': zero, 'adversarial_factor': zero}, zero
+
+    def after(params):
+      fool = lambda image: -jnp.mean(logits(jax.lax.stop_gradient(params), image))
+      gradient, loss, metrics, adversarial, factor = losses.balanced(image_loss, fool, drawn, weights.adversarial)
+      hinge = losses.hinge(logits(params, images), logits(params, drawn))
+      return gradient, loss, metrics | {'adversarial': adversarial, 'adversarial_factor': factor}, hinge
+
+    started = step >= round(weights.adversarial_start * self.steps)
+    gradient, loss, metrics, hinge = jax.lax.cond(started, after, before, params)
+    return jax.lax.stop_gradient(gradient), loss, metrics | {'discriminator': hinge}, hinge
+
+  def _restart_dead_codes(self, state, images, key):
+    """Puts codes that went unused for several checks onto residuals of this batch, each scale being as likely.
+
+    The remedy against the collapse that users report at 1x1 and 3x3 with plain VQ losses; off where parity is asked.
+    """
+    out = self.tokenizer.apply({'params': state.params}, images).quantized
+    V, pyramid = self.tokenizer.codes, self.tokenizer.pyramid
+    used_V = jnp.zeros(V, bool).at[out.tokens_BxL].set(True)
+    idle_V = jnp.where(used_V, 0, state.extra['idle_V'] + 1)
+    dead_V = idle_V >= self.config.codebook.restart_after
+    likely_L = jnp.asarray(1 / (len(pyramid) * np.asarray(pyramid.sizes))[pyramid.level_L])
+    image_key, token_key = jax.random.split(key)
+    rows_V = jax.random.randint(image_key, (V,), 0, len(images))
+    columns_V = jax.random.choice(token_key, pyramid.length, (V,), p=likely_L)
+    fresh_VxC = out.residuals_BxLxC[rows_V, columns_V]
+    replace = lambda params: params | {'quantizer': params['quantizer'] | {
+        'codebook': jnp.where(dead_V[:, None], fresh_VxC, params['quantizer']['codebook'])}}
+    return state.replace(
+        params=replace(state.params), ema=None if state.ema is None else replace(state.ema),
+        extra=state.extra | {'idle_V': jnp.where(dead_V, 0, idle_V)})
+
+  def eval_step(self, state, batch):
+    """Sums over the images of a batch: errors, and how often each code is used at each scale (K, V)."""
+    tokenizer, mask_B = self.tokenizer, batch['mask']
+    out = tokenizer.apply({'params': state.model}, batch['image'])
+    image = jnp.clip(out.image_BxHxWx3, -1, 1)
+    sums = {'images': mask_B.sum(), 'psnr': jnp.sum(losses.psnr(image, batch['image']) * mask_B)}
+    sums['l1'] = jnp.sum(jnp.abs(image - batch['image']).mean((1, 2, 3)) * mask_B)
+    sums['l2'] = jnp.sum(((image - batch['image']) ** 2).mean((1, 2, 3)) * mask_B)
+    if self.config.loss.lpips:
+      sums['lpips'] = jnp.sum(lpips.distance(state.frozen['lpips'], image, batch['image']) * mask_B)
+    counts = [
+        jnp.zeros(tokenizer.codes).at[tokens].add(jnp.broadcast_to(mask_B[:, None], tokens.shape))
+        for tokens in tokenizer.pyramid.split(out.quantized.tokens_BxL)]
+    return sums | {'counts_KxV': jnp.stack(counts)}
+
+  def summarize(self, sums):
+    """Scalars from the sums of all batches. usage: share of the codes seen at a scale; perplexity in codes."""
+    scalars = {name: sums[name] / sums['images'] for name in sums if name not in ('images', 'counts_KxV')}
+    for k, counts_V in enumerate(sums['counts_KxV']):
+      share_V = counts_V / counts_V.sum()
+      scalars[f'usage/scale_{k}'] = np.mean(counts_V > 0)
+      scalars[f'perplexity/scale_{k}'] = np.exp(-np.sum(share_V * np.log(np.maximum(share_V, 1e-12))))
+    scalars['usage'] = np.mean(sums['counts_KxV'].sum(0) > 0)
+    return scalars
+
+  def pictures(self, state, batch):
+    """Rows of held-out images: the image, then what the first 1, 2, … K scales give."""
+    images = batch['image'][:8]
+    every = jax.jit(lambda params, x: self.tokenizer.apply(
+        {'params': params}, self.tokenizer.apply({'params': params}, x, method='encode'), method='decode_every_scale'))
+    tiles = np.concatenate([np.asarray(images)[:, None], np.asarray(every(state.model, images))], axis=1)
+    return {'reconstructions': pictures.grid(to_uint8(tiles))}

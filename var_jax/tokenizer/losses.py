@@ -1,0 +1,29 @@
+"""Losses of the tokenizer's training. The published code has none: these follow VQGAN (arXiv 2012.09841, sec. 3.1)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def hinge(real_logits, fake_logits):
+  """The discriminator's loss: real patches above 1, drawn ones below -1."""
+  return 0.5 * (jnp.mean(jax.nn.relu(1 - real_logits)) + jnp.mean(jax.nn.relu(1 + fake_logits)))
+
+
+def balanced(image_loss, adversarial_loss, image_BxHxWx3, weight):
+  """Gradient of a reconstruction loss plus an adversarial one, the latter scaled to the former's size.
+
+  Both losses are functions of the image. Returns (gradient (B, H, W, 3), image loss, its metrics, adversarial loss,
+  factor): the factor weight·|d image loss|/|d adversarial loss| is VQGAN's (eq. 7), taken at the decoder's output
+  rather than at its last layer, which saves two passes through the decoder.
+  """
+  (loss, metrics), gradient = jax.value_and_grad(image_loss, has_aux=True)(image_BxHxWx3)
+  adversarial, pull = jax.value_and_grad(adversarial_loss)(image_BxHxWx3)
+  norm = lambda x: jnp.sqrt(jnp.sum(x * x))
+  factor = weight * jnp.clip(norm(gradient) / (norm(pull) + 1e-8), 0, 1e4)
+  return gradient + factor * pull, loss, metrics, adversarial, factor
+
+
+def psnr(image_BxHxWx3, other_BxHxWx3):
+  """(B,) peak signal-to-noise ratio in dB of images in [-1, 1]."""
+  mean_square = jnp.mean((image_BxHxWx3 - other_BxHxWx3) ** 2, axis=(1, 2, 3))
+  return 10 * jnp.log10(4 / jnp.maximum(mean_square, 1e-10))

@@ -1,0 +1,141 @@
+"""Checkpoints: `WORKDIR/checkpoints/STEP`, each with `model` (what inference needs) and `training` (all the rest).
+
+The only file that speaks to orbax. A checkpoint appears under its final name once it is complete; the data's position
+is the step itself, since batch n depends on the seed and n alone.
+"""
+
+import contextlib
+import logging
+import pathlib
+import warnings
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from var_jax.errors import UserError
+
+
+def _abstract(tree, sharding):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _parts(state):
+  """The state as (model, rest): the model's parameters are stored once, where inference finds them."""
+  rest = state.replace(ema=None) if state.ema is not None else state.replace(params=None)
+  return state.model, rest.replace(frozen=None)
+
+
+def _joined(model, rest, frozen):
+  whole = rest.replace(params=model) if rest.params is None else rest.replace(ema=model)
+  return whole.replace(frozen=frozen)
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Silences orbax and absl, whose notes about asynchronous internals would drown our own."""
+  loggers = [logging.getLogger(name) for name in ('absl', 'orbax')]
+  levels = [logger.level for logger in loggers]
+  try:
+    for logger in loggers:
+      logger.setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      yield
+  finally:
+    for logger, level in zip(loggers, levels):
+      logger.setLevel(level)
+
+
+class Checkpoints:
+  """The checkpoints of one workdir. `say` receives one-line notes for the user."""
+
+  def __init__(self, workdir, keep=2, say=print):
+    self.folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+    self.say = say
+    policy = ocp.training.preservation_policies.LatestN(keep)
+    with _quiet():
+      self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policy, cleanup_tmp_directories=True)
+
+  def steps(self):
+    """Steps with a complete checkpoint, oldest first."""
+    with _quiet():
+      return sorted(c.step for c in self._orbax.checkpoints)
+
+  def save(self, state, metadata):
+    """Saves the state under its step, unless that is there already. Raises UserError when the disk is full.
+
+    metadata: JSON-like, stored beside it. What was saved before stays until the new one is complete.
+    """
+    step = int(state.step)
+    if step in self.steps():
+      return
+    model, rest = _parts(state)
+    self._write(step, {'model': model, 'training': rest}, metadata)
+
+  def save_model(self, step, model, metadata):
+    """Saves parameters alone, for inference."""
+    self._write(step, {'model': model}, metadata)
+
+  def _write(self, step, items, metadata):
+    try:
+      with _quiet():
+        self._orbax.save_checkpointables(step, items, custom_metadata=metadata, force=True, overwrite=True)
+    except Exception as error:  # orbax reports a full disk as OSError, ValueError or its own errors
+      good = [s for s in self.steps() if s != step]
+      reason = _first_line(error)
+      raise UserError(
+          f'could not save step {step} to {self.folder}: {reason}; free some space and run the same command again'
+          + (f', it resumes from step {good[-1]}' if good else '')) from error
+
+  def restore(self, like, sharding):
+    """(state, metadata) of the newest readable checkpoint, or None when there is none. Skips unreadable ones, loudly.
+
+    like: a state of the wanted structure. Raises UserError when there are checkpoints but none can be read.
+    """
+    model, rest = _parts(like)
+    wanted = {'model': _abstract(model, sharding), 'training': _abstract(rest, sharding)}
+    loaded = self._newest_readable(wanted)
+    if loaded is None:
+      return None
+    items, metadata = loaded
+    return _joined(items['model'], items['training'], like.frozen), metadata
+
+  def restore_model(self, like, sharding):
+    """(parameters, step, metadata) of the newest readable checkpoint; UserError when there is none."""
+    loaded = self._newest_readable({'model': _abstract(like, sharding)})
+    if loaded is None:
+      raise UserError(f'no checkpoint in {self.folder}: train first, or point --workdir at a workdir that has one')
+    items, metadata = loaded
+    return items['model'], metadata['step'], metadata
+
+  def _newest_readable(self, wanted):
+    steps, reasons = self.steps(), []
+    for step in reversed(steps):
+      try:
+        with _quiet():
+          items = self._orbax.load_checkpointables(step, wanted)
+          metadata = self._orbax.checkpointables_metadata(step).custom_metadata
+      except Exception as error:  # whatever a damaged file makes orbax raise
+        reasons.append(_first_line(error))
+        self.say(f'checkpoint {step} in {self.folder} cannot be read ({reasons[-1]})')
+        continue
+      if reasons:
+        self.say(f'using checkpoint {step} instead')
+      return items, (metadata or {}) | {'step': step}
+    if not steps:
+      return None
+    raise UserError(
+        f'none of the checkpoints {steps} in {self.folder} can be read ({reasons[0]}): '
+        'restore them from a copy, or move that folder away to start again')
+
+  def close(self):
+    with _quiet():
+      self._orbax.close()
+
+
+def _first_line(error):
+  """The innermost cause in one line."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  lines = str(error).strip().splitlines()
+  return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,0 +1,154 @@
+"""The one training loop. It never asks which stage it runs.
+
+The order is an invariant: evaluate, save, take the next batch, step. Metrics of a step are fetched after the next one
+has been dispatched, so that the device does not wait for Python.
+"""
+
+import contextlib
+import signal
+
+import jax
+import numpy as np
+
+from var_jax.data import pipeline
+from var_jax.errors import UserError
+from var_jax.training import mesh as mesh_lib
+from var_jax.training import metrics as metrics_lib
+
+
+class Interrupted(Exception):
+  """The run was asked to stop and has saved. `signal_number` says by which signal."""
+
+  def __init__(self, signal_number, step):
+    super().__init__(f'stopped at step {step} and saved; the same command goes on from there')
+    self.signal_number = signal_number
+
+
+@contextlib.contextmanager
+def _stop_requests():
+  """A list that receives the number of each SIGTERM or SIGINT; a second Ctrl-C stops at once."""
+  received = []
+
+  def note(number, frame):
+    if received and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    received.append(number)
+
+  previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def train(stage, config, source, validation, checkpoints, workdir, *, say=print):
+  """Trains a stage to its last step, resuming from the newest checkpoint. Returns the final state.
+
+  stage: init(), train_step(state, batch) -> (state, metrics), eval_step(state, batch) -> sums over images,
+  summarize(sums) -> scalars, pictures(state, batch) -> {name: (H, W, 3) uint8}, metadata (stored with checkpoints).
+  source, validation: see `data.sources`. Raises UserError after `max_skipped_in_row` steps without finite gradients,
+  Interrupted after SIGTERM or Ctrl-C.
+  """
+  mesh = mesh_lib.make_mesh()
+  mesh_lib.check_batch(config.batch_size, mesh, config.accumulate)
+  with jax.set_mesh(mesh), _stop_requests() as stop:
+    state = mesh_lib.put_state(stage.init(), mesh)
+    restored = checkpoints.restore(state, mesh_lib.replicated(mesh))
+    if restored is not None:
+      state, metadata = restored
+      stage.check_metadata(metadata)
+      say(f'resuming from step {int(state.step)} of {stage.steps}')
+    start = int(state.step)
+    writer = metrics_lib.Writer(workdir, start)
+    batches = pipeline.train_batches(source, start=start, **_data_options(config, stage))
+    evaluate = _Evaluation(stage, config, validation, mesh, writer, workdir)
+    bar = metrics_lib.progress_bar(stage.steps, start, stage.name)
+    try:
+      return _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop)
+    finally:
+      bar.close()
+      batches.close()
+      writer.close()
+      if batches.skipped:
+        say(f'{batches.skipped} of {batches.drawn} images drawn could not be read and were replaced by their neighbours')
+
+
+def _data_options(config, stage):
+  data = config.data
+  return dict(
+      batch_size=config.batch_size, size=stage.image_size, seed=config.seed, enlarge=data.enlarge, flip=data.flip,
+      workers=data.workers, process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop):
+  train_step = jax.jit(stage.train_step, donate_argnums=0)
+  mean, pending, start = metrics_lib.Mean(), None, int(state.step)
+  step = start
+
+  def fetch():
+    """Takes in the metrics of the step before the one under way."""
+    if pending is None:
+      return
+    mean.add(pending)
+    if int(pending['skipped_in_row']) >= config.max_skipped_in_row:
+      raise UserError(
+          f'{config.max_skipped_in_row} steps in a row up to step {step} had gradients that are not finite: lower '
+          f'optimizer.peak_lr or use float32; the last checkpoint is step {(checkpoints.steps() or [0])[-1]}')
+
+  while True:
+    last = step >= stage.steps
+    due = lambda every: step > start and every > 0 and (step % every == 0 or last)
+    if due(config.log_every) or last and pending is not None:
+      fetch()
+      pending = None
+      scalars = mean.take()
+      scalars['images_per_second'] = scalars['steps_per_second'] * config.batch_size
+      writer.scalars(step, {f'train/{name}': value for name, value in scalars.items()})
+    if due(config.eval_every):
+      evaluate.scalars(state, step)
+    if due(config.pictures_every):
+      evaluate.pictures(state, step)
+    if due(config.checkpoint_every) or last or stop:
+      checkpoints.save(state, stage.metadata)
+    if stop and not last:
+      raise Interrupted(stop[0], step)
+    if last:
+      return state
+    batch = mesh_lib.put_batch(next(batches), mesh)
+    state, metrics = train_step(state, batch)
+    fetch()
+    if pending is not None:
+      bar.set_postfix_str(
+          f'loss {float(pending["loss"]):.4f}, {(bar.format_dict["rate"] or 0) * config.batch_size:.0f} images/s',
+          refresh=False)
+    pending, step = metrics, step + 1
+    bar.update()
+
+
+class _Evaluation:
+  """Scalars and pictures on held-out images. The batches are the same at every call."""
+
+  def __init__(self, stage, config, source, mesh, writer, workdir):
+    self.stage, self.config, self.source, self.mesh = stage, config, source, mesh
+    self.writer, self.workdir = writer, workdir
+    self._step = jax.jit(stage.eval_step)
+
+  def _batches(self, limit):
+    options = _data_options(self.config, self.stage)
+    for name in ('seed', 'flip'):
+      options.pop(name)
+    return pipeline.eval_batches(self.source, limit=limit, **options)
+
+  def scalars(self, state, step):
+    sums = None
+    for batch in self._batches(self.config.eval_images or None):
+      new = jax.tree.map(np.asarray, self._step(state, mesh_lib.put_batch(batch, self.mesh)))
+      sums = new if sums is None else jax.tree.map(np.add, sums, new)
+    scalars = self.stage.summarize(sums)
+    self.writer.scalars(step, {f'validation/{name}': value for name, value in scalars.items()})
+
+  def pictures(self, state, step):
+    batch = next(iter(self._batches(self.config.batch_size)))
+    for name, picture in self.stage.pictures(state, mesh_lib.put_batch(batch, self.mesh)).items():
+      self.writer.picture(step, name, picture)

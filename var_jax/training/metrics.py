@@ -1,0 +1,71 @@
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard and the progress bar."""
+
+import json
+import math
+import pathlib
+import sys
+import time
+
+import numpy as np
+import tensorboardX
+import tqdm
+
+
+class Writer:
+  """Appends to `WORKDIR/metrics.jsonl` and to TensorBoard events. Lines after `step` (of a lost stretch) are dropped."""
+
+  def __init__(self, workdir, step):
+    self.path = pathlib.Path(workdir) / 'metrics.jsonl'
+    if self.path.exists():
+      lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+      self.path.write_text(''.join(line + '\n' for line in lines))
+    self._events = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / 'tensorboard'), purge_step=step + 1)
+
+  def scalars(self, step, values):
+    """One line of {name: number}; a value that is not finite becomes null, so that every line stays JSON."""
+    numbers = {name: float(value) for name, value in values.items()}
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    with self.path.open('a') as file:
+      file.write(json.dumps({'step': step} | finite) + '\n')
+    for name, value in numbers.items():
+      self._events.add_scalar(name, value, step)
+
+  def picture(self, step, name, image_HxWx3):
+    self._events.add_image(name, image_HxWx3, step, dataformats='HWC')
+
+  def close(self):
+    self._events.close()
+
+
+def _step_of(line):
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError):  # a line cut short by a kill
+    return math.inf
+
+
+class Mean:
+  """Means of metrics over a stretch of steps; counters (skipped…) keep their last value."""
+
+  def __init__(self):
+    self._sums, self._count, self._last, self._since = {}, 0, {}, time.monotonic()
+
+  def add(self, metrics):
+    metrics = {name: np.asarray(value) for name, value in metrics.items()}
+    for name, value in metrics.items():
+      self._sums[name] = self._sums.get(name, 0.0) + value
+    self._last, self._count = metrics, self._count + 1
+
+  def take(self):
+    """The means since the last call, with `steps_per_second`."""
+    values = {name: total / self._count for name, total in self._sums.items()}
+    values |= {name: value for name, value in self._last.items() if name.startswith('skipped')}
+    values['steps_per_second'] = self._count / max(time.monotonic() - self._since, 1e-9)
+    self.__init__()
+    return values
+
+
+def progress_bar(steps, start, title, unit='step'):
+  """A tqdm bar on stderr; in a log file it speaks once in half a minute."""
+  slow = 0.5 if sys.stderr.isatty() else 30
+  return tqdm.tqdm(total=steps, initial=start, desc=title, unit=unit, mininterval=slow, dynamic_ncols=True)
