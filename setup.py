@@ -22,6 +22,7 @@ setuptools.setup(
         'optax>=0.2.6,<0.3',
         'orbax-checkpoint>=0.12,<0.13',
         'pillow>=11,<14',                # image decoding and resizing
+        'safetensors>=0.4,<1',           # weights without torch
         'scikit-learn>=1.6,<2',          # the embedded digits data set
         'tensorboardX>=2.6.2,<3',        # TensorBoard events without TensorFlow
         'tqdm>=4.66,<5',                 # progress bars
@@ -30,7 +31,7 @@ setuptools.setup(
         'test': ['pytest>=8'],
         'tfds': ['tensorflow-datasets>=4.9.7,<5'],   # reading prepared ArrayRecord sets needs no TensorFlow
         'tfds_prepare': ['tensorflow-datasets>=4.9.7,<5', 'tensorflow'],
-        'torch': ['torch', 'safetensors>=0.4'],      # reading .pth files alone
+        'torch': ['torch'],                          # reading .pth files alone
         'tpu': ['jax[tpu]>=0.10,<0.11'],
         'cuda': ['jax[cuda12]>=0.10,<0.11'],
     },

@@ -43,6 +43,11 @@ def keep_likely(logits, top_k=0, top_p=0.0):
   return jnp.where(logits < least, -jnp.inf, logits)
 
 
+def image_keys(seed, index_N):
+  """(N,) keys: image i of a seed has the key fold_in(seed, i), whatever the batch that it is drawn in."""
+  return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index_N)
+
+
 def _gumbel(keys_B, scale, shape):
   """(B, *shape) noise; an image's noise depends on its own key and the scale alone."""
   return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, scale), shape))(keys_B)

@@ -1,0 +1,120 @@
+"""LPIPS: how different two images look, measured in the features of VGG-16 (Zhang et al., arXiv 1801.03924, eq. 1).
+
+    params = lpips.load('vgg16-397923af.pth', 'lpips_vgg.pth')     # torchvision's VGG-16 and the linear heads, v0.1
+    loss = lpips.distance(params, x_BxHxWx3, y_BxHxWx3).mean()     # images in [-1, 1]
+
+The network is fixed and a pure function of `params`, so a loss can be differentiated through it.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from var_jax.weights import match_shapes, read_tensors
+
+# Convolutions as (index in torchvision's `features`, channels out); each row ends where a linear head reads the
+# activation, and every row but the first starts with a 2x2 max pooling.
+STAGES = (
+    ((0, 64), (2, 64)),
+    ((5, 128), (7, 128)),
+    ((10, 256), (12, 256), (14, 256)),
+    ((17, 512), (19, 512), (21, 512)),
+    ((24, 512), (26, 512), (28, 512)),
+)
+# The "scaling layer" of LPIPS: ImageNet's channel means and deviations for images in [-1, 1].
+SHIFT = np.array([-.030, -.088, -.188], np.float32)
+SCALE = np.array([.458, .448, .450], np.float32)
+EPSILON = 1e-10
+
+
+def distance(params, x_BxHxWx3, y_BxHxWx3, *, precision='highest'):
+  """LPIPS of B image pairs in [-1, 1] with H, W >= 16: (B,) float32, 0 for equal images. See `per_layer`."""
+  return per_layer(params, x_BxHxWx3, y_BxHxWx3, precision=precision).sum(0)
+
+
+def per_layer(params, x_BxHxWx3, y_BxHxWx3, *, precision='highest'):
+  """What each of the five layers adds to the distance: (5, B) float32.
+
+  `precision` is that of the convolutions; 'highest' is true float32 on accelerators too.
+  """
+  both = jnp.concatenate([x_BxHxWx3, y_BxHxWx3]).astype(jnp.float32)  # one pass through the network for both
+  layers = []
+  for head_C, f_2BxHxWxC in zip(params['heads'], _features(params, both, precision), strict=True):
+    x_BxHxWxC, y_BxHxWxC = jnp.split(_unit_length(f_2BxHxWxC), 2)
+    layers.append(jnp.mean(((x_BxHxWxC - y_BxHxWxC) ** 2) @ head_C, axis=(1, 2)))
+  return jnp.stack(layers)
+
+
+def load(*paths):
+  """params from one weight file or several that make it up (VGG-16 here, the heads there). Raises UserError."""
+  tensors = {}
+  for path in paths:
+    tensors |= read_tensors(path)
+  return from_torch(tensors)
+
+
+def from_torch(tensors):
+  """params {'convs': ((kernel, bias), ...), 'heads': (weights_C, ...)} from tensors in PyTorch's names and layouts.
+
+  Accepts torchvision's names beside those of the lpips package, `linN.model.1.weight` (alone) and `lins.N...`,
+  `net.sliceK.N...` (its whole state). Raises UserError that names each missing, unexpected or misshapen tensor.
+  """
+  tensors = {_canonical(name): value for name, value in tensors.items() if not _is_unused(name)}
+  hint = "give torchvision's vgg16 weights together with the VGG heads of LPIPS v0.1"
+  tensors = match_shapes(tensors, _shapes(), 'LPIPS with VGG-16', hint)
+  convs = [(tensors[f'features.{i}.weight'], tensors[f'features.{i}.bias']) for stage in STAGES for i, _ in stage]
+  return {
+      'convs': tuple((_float32(kernel).transpose(2, 3, 1, 0), _float32(bias)) for kernel, bias in convs),
+      'heads': tuple(_float32(tensors[f'lin{k}.model.1.weight'])[0, :, 0, 0] for k in range(len(STAGES))),
+  }
+
+
+def _shapes():
+  """{name: shape} of the tensors that make up the network."""
+  shapes, channels = {}, 3
+  for k, stage in enumerate(STAGES):
+    for index, features in stage:
+      shapes[f'features.{index}.weight'] = (features, channels, 3, 3)
+      shapes[f'features.{index}.bias'] = (features,)
+      channels = features
+    shapes[f'lin{k}.model.1.weight'] = (1, channels, 1, 1)
+  return shapes
+
+
+def _canonical(name):
+  name = re.sub(r'^net\.slice\d\.', 'features.', name)
+  return re.sub(r'^lins?\.(\d)\.', r'lin\1.', name)
+
+
+def _is_unused(name):
+  return name.startswith(('classifier.', 'scaling_layer.'))
+
+
+def _float32(array):
+  return np.asarray(array, np.float32)
+
+
+def _features(params, x_BxHxWx3, precision):
+  """Yields the activation after the last convolution of each stage, (B, H/2^k, W/2^k, C)."""
+  x, convs = (x_BxHxWx3 - SHIFT) / SCALE, iter(params['convs'])
+  for k, stage in enumerate(STAGES):
+    if k:
+      x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), 'VALID')
+    for _ in stage:
+      x = jax.nn.relu(_conv(x, *next(convs), precision))
+    yield x
+
+
+def _conv(x_BxHxWxC, kernel, bias, precision):
+  x = jax.lax.conv_general_dilated(x_BxHxWxC, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+                                   precision=precision)
+  return x + bias
+
+
+def _unit_length(x_BxHxWxC):
+  square = jnp.sum(x_BxHxWxC ** 2, axis=-1, keepdims=True)
+  # Where every channel is off the slope of sqrt is infinite, and infinity times zero would spoil the whole gradient.
+  length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+  return x_BxHxWxC / (length + EPSILON)
