@@ -21,9 +21,9 @@ def get_config(argument='tokenizer'):
 def _tokenizer():
   config = configs.tokenizer()
   config.update(image_size=(16, 16), batch_size=64, steps=600, ema=0.99)
-  config.optimizer.update(peak_lr=1e-3, betas=(0.9, 0.95), schedule='cos')
-  config.model.update(scales=(1, 2, 3, 4), codes=128, channels=16, ch=32, ch_mult=(1, 2, 2), res_blocks=1)
-  config.codebook.restart_every = 20
+  config.optimizer.update(peak_lr=2e-3, betas=(0.9, 0.95), schedule='cos')
+  config.model.update(scales=(1, 2, 3, 4), codes=64, channels=16, ch=16, ch_mult=(1, 2, 4), res_blocks=1, groups=8)
+  config.codebook.update(restart_every=20, scale_dropout=0.1)
   return config
 
 

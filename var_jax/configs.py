@@ -60,6 +60,7 @@ def tokenizer():
       ch_mult=(1, 1, 2, 2, 4),
       res_blocks=2,
       dropout=0.0,
+      groups=32,             # of the group norms, at most
       phi_layers=4,
       phi_ratio=0.5,
       beta=0.25,             # weight of the commitment loss
@@ -78,6 +79,7 @@ def tokenizer():
   )
   config.codebook = dict(
       restart_every=0,       # steps between checks for dead codes; 0: never, as the published code
+      scale_dropout=0.0,     # share of the images decoded from their coarser scales alone while training
       restart_after=2,       # checks in a row without use before a code is put on a residual of the batch
   )
   return config

@@ -61,7 +61,7 @@ class TokenizerStage:
     state, more = state.updated(
         grads['model'], self.optimizer, ema_decay=self.config.ema, extra=extra, norm=optax.tree.norm(grads))
     if every := self.config.codebook.restart_every:
-      check = lambda s: self._restart_dead_codes(s, batch['image'], jax.random.fold_in(key, 1))
+      check = lambda s: self._restart_dead_codes(s, batch['image'], jax.random.fold_in(key, 2))
       due = (state.step % every == 0) & (state.skipped_in_row == 0)
       state = jax.lax.cond(due, check, lambda s: s, state)
     return state, metrics | more
@@ -69,7 +69,8 @@ class TokenizerStage:
   def _loss(self, params, batch, key, frozen, step):
     """A scalar whose gradient is the one wanted (not the loss itself, which is among the metrics), and metrics."""
     weights, images = self.config.loss, batch['image']
-    out = self.tokenizer.apply({'params': params['model']}, images, train=True, rngs={'dropout': key})
+    kept_B = self._kept_scales(jax.random.fold_in(key, 1), len(images))
+    out = self.tokenizer.apply({'params': params['model']}, images, kept_B, train=True, rngs={'dropout': key})
     drawn = jax.lax.stop_gradient(out.image_BxHxWx3)
     image_loss = lambda image: self._image_loss(image, images, frozen)
     if not weights.adversarial:
@@ -81,6 +82,15 @@ class TokenizerStage:
     surrogate = jnp.sum(gradient * out.image_BxHxWx3) + quantizer_loss + discriminator_loss
     return surrogate, metrics | {
         'loss': total + quantizer_loss, 'quantizer': out.quantized.loss, 'psnr': jnp.mean(losses.psnr(images, drawn))}
+
+  def _kept_scales(self, key, count):
+    """(B,) how many scales each image is decoded from, so that coarse scales learn to say something; None for all."""
+    rate, scales = self.config.codebook.scale_dropout, len(self.tokenizer.pyramid)
+    if not rate or scales == 1:
+      return None
+    drop_key, kept_key = jax.random.split(key)
+    kept_B = jax.random.randint(kept_key, (count,), 1, scales)
+    return jnp.where(jax.random.bernoulli(drop_key, rate, (count,)), kept_B, scales)
 
   def _image_loss(self, image, target, frozen):
     weights = self.config.loss

@@ -4,6 +4,7 @@ Images are (B, H, W, 3) in [-1, 1]; the latent is (B, H/stride, W/stride, C) wit
 Convolutions run in `dtype`; norms and softmax in float32.
 """
 
+import math
 from typing import Any, Sequence
 
 import flax.linen as nn
@@ -12,11 +13,13 @@ import jax.numpy as jnp
 
 
 class Norm(nn.Module):
-  """Group norm with 32 groups (or as many as the channels allow), computed in float32 and returned in x's dtype."""
+  """Group norm, computed in float32 and returned in x's dtype. groups: at most, the channels' common divisor with it."""
+
+  groups: int = 32
 
   @nn.compact
   def __call__(self, x):
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if x.shape[-1] % g == 0)
+    groups = math.gcd(self.groups, x.shape[-1])
     return nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name='norm')(x).astype(x.dtype)
 
 
@@ -29,12 +32,13 @@ class ResBlock(nn.Module):
 
   features: int
   dropout: float = 0.0
+  groups: int = 32
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x_BxHxWxC, train=False):
-    h = conv(self.features, 3, self.dtype, 'conv1')(nn.swish(Norm(name='norm1')(x_BxHxWxC)))
-    h = nn.swish(Norm(name='norm2')(h))
+    h = conv(self.features, 3, self.dtype, 'conv1')(nn.swish(Norm(self.groups, name='norm1')(x_BxHxWxC)))
+    h = nn.swish(Norm(self.groups, name='norm2')(h))
     h = nn.Dropout(self.dropout, deterministic=not train)(h)
     h = conv(self.features, 3, self.dtype, 'conv2')(h)
     if x_BxHxWxC.shape[-1] != self.features:
@@ -45,12 +49,13 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
   """Single-head self-attention over the positions of a feature map."""
 
+  groups: int = 32
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x_BxHxWxC):
     B, H, W, C = x_BxHxWxC.shape
-    qkv = conv(3 * C, 1, self.dtype, 'qkv')(Norm(name='norm')(x_BxHxWxC)).reshape(B, H * W, 3, C)
+    qkv = conv(3 * C, 1, self.dtype, 'qkv')(Norm(self.groups, name='norm')(x_BxHxWxC)).reshape(B, H * W, 3, C)
     q_BxNxC, k_BxNxC, v_BxNxC = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     scores_BxNxN = jnp.einsum('bnc,bmc->bnm', q_BxNxC, k_BxNxC, preferred_element_type=jnp.float32) * C**-0.5
     weights_BxNxN = jax.nn.softmax(scores_BxNxN, axis=-1).astype(self.dtype)
@@ -63,13 +68,14 @@ class Middle(nn.Module):
 
   features: int
   dropout: float = 0.0
+  groups: int = 32
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, train=False):
-    x = ResBlock(self.features, self.dropout, self.dtype, name='block_1')(x, train)
-    x = AttnBlock(self.dtype, name='attn_1')(x)
-    return ResBlock(self.features, self.dropout, self.dtype, name='block_2')(x, train)
+    x = ResBlock(self.features, self.dropout, self.groups, self.dtype, name='block_1')(x, train)
+    x = AttnBlock(self.groups, self.dtype, name='attn_1')(x)
+    return ResBlock(self.features, self.dropout, self.groups, self.dtype, name='block_2')(x, train)
 
 
 class Encoder(nn.Module):
@@ -80,6 +86,7 @@ class Encoder(nn.Module):
   ch_mult: Sequence[int] = (1, 1, 2, 2, 4)
   res_blocks: int = 2
   dropout: float = 0.0
+  groups: int = 32
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -88,14 +95,14 @@ class Encoder(nn.Module):
     last = len(self.ch_mult) - 1
     for level, mult in enumerate(self.ch_mult):
       for i in range(self.res_blocks):
-        x = ResBlock(self.ch * mult, self.dropout, self.dtype, name=f'down_{level}_block_{i}')(x, train)
+        x = ResBlock(self.ch * mult, self.dropout, self.groups, self.dtype, name=f'down_{level}_block_{i}')(x, train)
         if level == last:
-          x = AttnBlock(self.dtype, name=f'down_{level}_attn_{i}')(x)
+          x = AttnBlock(self.groups, self.dtype, name=f'down_{level}_attn_{i}')(x)
       if level < last:
         # Padding at the right and bottom alone, as the published network.
         x = conv(x.shape[-1], 3, self.dtype, f'down_{level}_conv', strides=2, padding=((0, 1), (0, 1)))(x)
-    x = Middle(x.shape[-1], self.dropout, self.dtype, name='mid')(x, train)
-    return conv(self.channels, 3, self.dtype, 'conv_out')(nn.swish(Norm(name='norm_out')(x)))
+    x = Middle(x.shape[-1], self.dropout, self.groups, self.dtype, name='mid')(x, train)
+    return conv(self.channels, 3, self.dtype, 'conv_out')(nn.swish(Norm(self.groups, name='norm_out')(x)))
 
 
 class Decoder(nn.Module):
@@ -105,19 +112,20 @@ class Decoder(nn.Module):
   ch_mult: Sequence[int] = (1, 1, 2, 2, 4)
   res_blocks: int = 2
   dropout: float = 0.0
+  groups: int = 32
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, train=False):
     last = len(self.ch_mult) - 1
     x = conv(self.ch * self.ch_mult[-1], 3, self.dtype, 'conv_in')(x)
-    x = Middle(x.shape[-1], self.dropout, self.dtype, name='mid')(x, train)
+    x = Middle(x.shape[-1], self.dropout, self.groups, self.dtype, name='mid')(x, train)
     for level in reversed(range(len(self.ch_mult))):
       for i in range(self.res_blocks + 1):
-        x = ResBlock(self.ch * self.ch_mult[level], self.dropout, self.dtype, name=f'up_{level}_block_{i}')(x, train)
+        x = ResBlock(self.ch * self.ch_mult[level], self.dropout, self.groups, self.dtype, name=f'up_{level}_block_{i}')(x, train)
         if level == last:
-          x = AttnBlock(self.dtype, name=f'up_{level}_attn_{i}')(x)
+          x = AttnBlock(self.groups, self.dtype, name=f'up_{level}_attn_{i}')(x)
       if level > 0:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
         x = conv(x.shape[-1], 3, self.dtype, f'up_{level}_conv')(x)
-    return conv(3, 3, self.dtype, 'conv_out')(nn.swish(Norm(name='norm_out')(x)))
+    return conv(3, 3, self.dtype, 'conv_out')(nn.swish(Norm(self.groups, name='norm_out')(x)))

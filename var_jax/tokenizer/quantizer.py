@@ -84,18 +84,24 @@ class MultiScaleQuantizer(nn.Module):
       latent_BxHxWxC = resize.area(latent_BxHxWxC, self.pyramid.scales[scale])
     return latent_BxHxWxC.reshape(latent_BxHxWxC.shape[0], -1, self.channels)
 
-  def __call__(self, latent_BxHxWxC):
-    """Quantizes with straight-through gradient and losses (eq. 5): see `Quantized`."""
+  def __call__(self, latent_BxHxWxC, kept_B=None):
+    """Quantizes with straight-through gradient and losses (eq. 5): see `Quantized`.
+
+    kept_B: how many scales make up each image's latent, None for all; tokens, residuals and loss are of all scales.
+    """
     latent = latent_BxHxWxC.astype(jnp.float32)
     chex.assert_shape(latent, (None, *self.pyramid.last, self.channels))
     fixed = jax.lax.stop_gradient(latent)
-    decoded, losses, tokens, residuals = jnp.zeros_like(fixed), [], [], []
+    decoded, losses, tokens, residuals, sums = jnp.zeros_like(fixed), [], [], [], []
     for k in range(len(self.pyramid)):
       residuals.append(self.shrink(jax.lax.stop_gradient(fixed - decoded), k))
       tokens.append(self._nearest(residuals[-1].reshape(-1, self.channels)).reshape(len(latent), -1))
       decoded = decoded + self.expand(self.lookup(tokens[-1]), k)
+      sums.append(decoded)
       commitment = jnp.mean((jax.lax.stop_gradient(decoded) - latent) ** 2)
       losses.append(self.beta * commitment + jnp.mean((decoded - fixed) ** 2))
+    if kept_B is not None:
+      decoded = jnp.stack(sums)[kept_B - 1, jnp.arange(len(latent))]
     straight_through = latent + jax.lax.stop_gradient(decoded - latent)
     tokens_BxL, residuals_BxLxC = jnp.concatenate(tokens, 1), jnp.concatenate(residuals, 1)
     return Quantized(straight_through, tokens_BxL, residuals_BxLxC, sum(losses) / len(losses))

@@ -31,6 +31,7 @@ class Tokenizer(nn.Module):
   ch_mult: Sequence[int] = (1, 1, 2, 2, 4)
   res_blocks: int = 2
   dropout: float = 0.0
+  groups: int = 32
   phi_layers: int = 4
   phi_ratio: float = 0.5
   beta: float = 0.25
@@ -38,7 +39,9 @@ class Tokenizer(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self):
-    shared = dict(ch=self.ch, ch_mult=self.ch_mult, res_blocks=self.res_blocks, dropout=self.dropout, dtype=self.dtype)
+    shared = dict(
+        ch=self.ch, ch_mult=self.ch_mult, res_blocks=self.res_blocks, dropout=self.dropout, groups=self.groups,
+        dtype=self.dtype)
     self.encoder = Encoder(channels=self.channels, **shared)
     self.decoder = Decoder(**shared)
     self.quantizer = MultiScaleQuantizer(
@@ -70,9 +73,9 @@ class Tokenizer(nn.Module):
     """A decoded latent (B, h, w, C) -> image (B, H, W, 3) float32, not clipped."""
     return self.decoder(self.post_quant_conv(latent_BxHxWxC), train).astype(jnp.float32)
 
-  def __call__(self, image_BxHxWx3, train=False):
-    """Image -> Reconstruction, with straight-through gradient."""
-    quantized = self.quantizer(self.latent(image_BxHxWx3, train))
+  def __call__(self, image_BxHxWx3, kept_B=None, train=False):
+    """Image -> Reconstruction, with straight-through gradient. kept_B: scales to decode from, None for all."""
+    quantized = self.quantizer(self.latent(image_BxHxWx3, train), kept_B)
     return Reconstruction(self.to_image(quantized.latent_BxHxWxC, train), quantized)
 
   def encode(self, image_BxHxWx3):
