@@ -18,6 +18,14 @@ from var_jax.pyramid import Pyramid
 MAX_LOG_SCALE = math.log(100)
 
 
+class Dense(nn.Dense):
+  """nn.Dense on (..., features) seen as a matrix: with three axes, XLA's CPU gradients are half as fast."""
+
+  @nn.compact
+  def __call__(self, x):
+    return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+
+
 def layer_norm(x):
   """Layer norm without parameters, in float32."""
   x = x.astype(jnp.float32)
@@ -59,7 +67,7 @@ class Attention(nn.Module):
   def __call__(self, x_BxLxD, visible_LxM=None, past=None):
     B, L, D = x_BxLxD.shape
     normal = nn.initializers.normal
-    qkv = nn.Dense(3 * D, use_bias=False, dtype=self.dtype, kernel_init=normal(self.init_std), name='qkv')(x_BxLxD)
+    qkv = Dense(3 * D, use_bias=False, dtype=self.dtype, kernel_init=normal(self.init_std), name='qkv')(x_BxLxD)
     q_bias, v_bias = (self.param(name, nn.initializers.zeros, (D,), jnp.float32) for name in ('q_bias', 'v_bias'))
     qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
     q, k, v = (qkv.reshape(B, L, 3, self.heads, D // self.heads)[:, :, i] for i in range(3))
@@ -73,7 +81,7 @@ class Attention(nn.Module):
     if past:
       k, v = (jnp.concatenate([*(p[i] for p in past), new[i]], axis=1) for i in range(2))
     out = attend(q.astype(self.dtype), k, v, visible_LxM).reshape(B, L, D)
-    return nn.Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), name='proj')(out), new
+    return Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), name='proj')(out), new
 
 
 class Block(nn.Module):
@@ -104,7 +112,7 @@ class Block(nn.Module):
       chunks_Bx6xD = cond + offsets_6xD.astype(self.dtype)
     else:
       init = adaln_init(self.init_std, D, self.adaln_scale, self.adaln_gamma)
-      chunks_Bx6xD = nn.Dense(6 * D, dtype=self.dtype, kernel_init=init, name='adaln')(nn.silu(cond)).reshape(-1, 6, D)
+      chunks_Bx6xD = Dense(6 * D, dtype=self.dtype, kernel_init=init, name='adaln')(nn.silu(cond)).reshape(-1, 6, D)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = (chunks_Bx6xD[:, i, None] for i in range(6))
 
     attention = Attention(
@@ -115,8 +123,8 @@ class Block(nn.Module):
 
     h = (layer_norm(x_BxLxD) * (scale2 + 1) + shift2).astype(self.dtype)
     normal = nn.initializers.normal
-    h = nn.Dense(round(D * self.mlp_ratio), dtype=self.dtype, kernel_init=normal(self.init_std), name='fc1')(h)
-    h = nn.Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), name='fc2')(nn.gelu(h, approximate=True))
+    h = Dense(round(D * self.mlp_ratio), dtype=self.dtype, kernel_init=normal(self.init_std), name='fc1')(h)
+    h = Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), name='fc2')(nn.gelu(h, approximate=True))
     x_BxLxD += self._drop_path(h * gamma2, keep_2xB, 1)
     return x_BxLxD, (None if past is None else new)
 
@@ -149,21 +157,21 @@ class Generator(nn.Module):
   def setup(self):
     D, std = self.width or 64 * self.depth, self.init_std
     normal = nn.initializers.normal
-    self.word_embed = nn.Dense(D, dtype=self.dtype, kernel_init=normal(std))
+    self.word_embed = Dense(D, dtype=self.dtype, kernel_init=normal(std))
     self.class_embedding = self.param('class_embedding', normal(std), (self.classes + 1, D), jnp.float32)
     self.level_embedding = self.param('level_embedding', normal(std), (len(self.pyramid), D), jnp.float32)
     self.position = self.param('position', normal(std), (self.pyramid.length, D), jnp.float32)
     self.start = self.param('start', normal(std), (self.pyramid.sizes[0], D), jnp.float32)
     if self.shared_adaln:
-      self.shared = nn.Dense(6 * D, dtype=self.dtype, kernel_init=normal(std))
+      self.shared = Dense(6 * D, dtype=self.dtype, kernel_init=normal(std))
     scanned = nn.scan(
         Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth,
         in_axes=(0, 0, nn.broadcast, nn.broadcast), out_axes=0)
     self.blocks = scanned(
         D, self.heads or self.depth, self.mlp_ratio, self.normalize_qk, self.shared_adaln, std,
         std / math.sqrt(2 * self.depth), self.adaln_scale, self.adaln_gamma, self.dtype)
-    self.head_adaln = nn.Dense(2 * D, dtype=jnp.float32, kernel_init=normal(std * self.adaln_scale))
-    self.head = nn.Dense(self.codes, dtype=jnp.float32, kernel_init=normal(std * self.head_scale))
+    self.head_adaln = Dense(2 * D, dtype=jnp.float32, kernel_init=normal(std * self.adaln_scale))
+    self.head = Dense(self.codes, dtype=jnp.float32, kernel_init=normal(std * self.head_scale))
 
   @property
   def init_std(self):
