@@ -28,7 +28,7 @@ setuptools.setup(
         'tqdm>=4.66,<5',                 # progress bars
     ],
     extras_require={
-        'test': ['pytest>=8'],
+        'test': ['pytest>=8', 'pytest-xdist>=3.6'],  # xdist: compiling is most of a test, so use both cores
         'tfds': ['tensorflow-datasets>=4.9.7,<5'],   # reading prepared ArrayRecord sets needs no TensorFlow
         'tfds_prepare': ['tensorflow-datasets>=4.9.7,<5', 'tensorflow'],
         'torch': ['torch'],                          # reading .pth files alone

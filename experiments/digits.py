@@ -13,9 +13,7 @@ def get_config(argument='tokenizer'):
   config = _tokenizer() if stage == 'tokenizer' else _generator(options['depth'])
   config.data.update(source='digits', enlarge=1.125)
   config.update(log_every=20, eval_every=200, pictures_every=200, checkpoint_every=200)
-  if options['runlocal']:
-    config.update(steps=20, log_every=5, eval_every=10, pictures_every=20, checkpoint_every=10, eval_images=64)
-  return config
+  return configs.run_locally(config) if options['runlocal'] else config
 
 
 def _tokenizer():
@@ -29,7 +27,7 @@ def _tokenizer():
 
 def _generator(depth):
   config = configs.generator(depth)
-  config.update(batch_size=128, steps=800, ema=0.99)
+  config.update(batch_size=128, steps=600, ema=0.99)
   config.optimizer.update(peak_lr=1e-3)
   config.model.update(width=128, heads=4)
   config.sample.update(cfg=1.5, top_k=0, top_p=0.96)

@@ -14,10 +14,7 @@ def get_config(argument='tokenizer'):
   config = _tokenizer() if stage == 'tokenizer' else _generator(options['depth'])
   config.data.update(source='arrays', path='/usr/share/datasets/fashion-mnist', enlarge=1.0)
   config.update(log_every=50, eval_every=500, pictures_every=500, checkpoint_every=500, eval_images=2000)
-  if options['runlocal']:
-    config.update(
-        batch_size=16, steps=20, log_every=5, eval_every=10, pictures_every=20, checkpoint_every=10, eval_images=64)
-  return config
+  return configs.run_locally(config) if options['runlocal'] else config
 
 
 def _tokenizer():

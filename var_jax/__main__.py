@@ -10,6 +10,7 @@ VERBS = {
     'train': 'train a tokenizer or a generator; resumes by itself',
     'sample': 'draw images of the classes asked for',
     'reconstruct': 'encode images and show them after every scale',
+    'evaluate': 'a model against held-out images: codebook usage, samples judged by class',
 }
 
 USAGE = """usage: var-jax VERB [flags]      (python -m var_jax VERB is the same)

@@ -131,3 +131,28 @@ def parse_argument(argument, **options):
     except ValueError:
       raise UserError(f'option {name}={text!r} must be of type {kind.__name__}') from None
   return stage, values
+
+
+def run_locally(config, **changes):
+  """Shrinks a run to a minute on a CPU: some steps, small batches, and a picture at the end."""
+  config.update(
+      batch_size=8, epochs=0.0, steps=20, log_every=5, eval_every=10, eval_images=16, pictures_every=20,
+      checkpoint_every=10)
+  config.update(changes)
+  return config
+
+
+def on_imagenet(config, runlocal):
+  """Points a config at ImageNet; runlocal: small networks of the same make on the embedded digits, enlarged to 64 px."""
+  config.data.source = 'tfds'
+  config.update(eval_every=5000, eval_images=10000, pictures_every=5000, checkpoint_every=2500)
+  if not runlocal:
+    return config
+  config.data.source = 'digits'
+  if config.stage == 'tokenizer':
+    config.image_size = (64, 64)
+    config.model.update(scales=(1, 2, 3, 4), ch=16, codes=64, channels=16, res_blocks=1, groups=8)
+    config.loss.update(lpips=0.0, lpips_weights='', discriminator_ch=8)
+  else:
+    config.model.update(depth=2, width=64, heads=2)
+  return run_locally(config)

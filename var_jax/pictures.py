@@ -26,3 +26,31 @@ def sheet(images_NxHxWx3, columns=0):
 def save(path, image_HxWx3):
   """Writes one uint8 picture; the suffix says the format."""
   Image.fromarray(image_HxWx3).save(path)
+
+
+def scales_figure(images_NxHxWx3, tokens_NxL, scales_NxKxHxWx3, pyramid):
+  """What every scale adds, as one (height, width, 3) picture: the image, its token maps, the picture after each scale.
+
+  Colours of the token maps tell codes apart and mean nothing else.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  rows, columns = 2 * len(images_NxHxWx3), len(pyramid) + 1
+  figure = Figure(figsize=(1.1 * columns, 1.1 * rows + 0.3), dpi=100, layout='constrained')
+  canvas, axes = FigureCanvasAgg(figure), figure.subplots(rows, columns, squeeze=False)
+  colours = np.random.default_rng(0).permutation(max(int(tokens_NxL.max()) + 1, 2))
+  for ax in axes.ravel():
+    ax.set_axis_off()
+  for n, image in enumerate(images_NxHxWx3):
+    axes[2 * n, 0].imshow(image)
+    for k, tokens in enumerate(pyramid.split(tokens_NxL[n:n + 1])):
+      token_map = colours[tokens[0].reshape(pyramid.scales[k])]
+      axes[2 * n, k + 1].imshow(token_map, cmap='turbo', vmin=0, vmax=len(colours))
+      axes[2 * n + 1, k + 1].imshow(scales_NxKxHxWx3[n, k])
+  axes[0, 0].set_title('image', fontsize=8)
+  for k, (height, width) in enumerate(pyramid.scales):
+    axes[0, k + 1].set_title(f'{height}x{width} tokens', fontsize=8)
+    axes[1, k + 1].set_title('picture so far', fontsize=8)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -61,3 +61,17 @@ def at_least(flag, value, least):
   """Raises UserError when a number that was given is too small."""
   if value is not None and value < least:
     raise UserError(f'{flag}={value} is too small: use {least} or more')
+
+
+def add_choices(parser):
+  """The flags that say how tokens are drawn, with the published defaults."""
+  parser.add_argument('--cfg', type=float, default=1.5, help='guidance at the last scale, 0 for none (default 1.5)')
+  parser.add_argument('--top_k', type=int, default=900, help='likeliest codes to draw from, 0 for all (default 900)')
+  parser.add_argument('--top_p', type=float, default=0.96, help='their probability in all, 0 for all (default 0.96)')
+  parser.add_argument('--temperature', type=float, default=1.0, help='of the logits (default 1)')
+  parser.add_argument('--smooth', action='store_true', help='mix codes by Gumbel softmax: smoother, worse FID')
+
+
+def choices(options):
+  """The keyword arguments of `Model.sample` that `add_choices` gathered."""
+  return {name: getattr(options, name) for name in ('cfg', 'top_k', 'top_p', 'temperature', 'smooth')}

@@ -20,7 +20,11 @@ def check(out):
     raise UserError(f'--out={out} is a folder: name a file')
   if not path.suffix and path.is_file():
     raise UserError(f'--out={out} is a file: name a folder, or use a suffix such as .png')
-  folder = path.parent if path.suffix else path
+  make_folder(path.parent if path.suffix else path)
+
+
+def make_folder(folder):
+  """Makes a folder for output. UserError when that, or a file in it, cannot be written."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / '.var_jax_can_write').touch()
@@ -29,8 +33,8 @@ def check(out):
     raise UserError(f'cannot write to {folder} ({error.strerror}): choose another --out') from None
 
 
-def save(out, images_NxHxWx3, picture=None, **arrays):
-  """Writes (N, H, W, 3) uint8 images; an .npz has them as arr_0 beside `arrays`. picture: what a .png shows instead."""
+def save(out, images_NxHxWx3, picture, **arrays):
+  """Writes (N, H, W, 3) uint8 images; an .npz has them as arr_0 beside `arrays`. picture: what a .png shows."""
   path = pathlib.Path(out)
   try:
     if path.suffix.lower() == '.npz':
@@ -38,7 +42,7 @@ def save(out, images_NxHxWx3, picture=None, **arrays):
       np.savez(temporary, arr_0=images_NxHxWx3, **arrays)
       temporary.replace(path)
     elif path.suffix:
-      pictures.save(path, pictures.sheet(images_NxHxWx3) if picture is None else picture)
+      pictures.save(path, picture)
     else:
       for i, image in enumerate(images_NxHxWx3):
         pictures.save(path / f'{i:06d}.png', image)

@@ -4,6 +4,7 @@ import pathlib
 
 import numpy as np
 
+from var_jax import pictures
 from var_jax.commands import flags, output
 
 EXAMPLE = 'var-jax sample --workdir=runs/digits/generator --labels=0,3,7 --num=9 --cfg=1.5 --out=digits.png'
@@ -15,11 +16,7 @@ def main(arguments):
   parser.add_argument('--labels', type=flags.numbers, metavar='0,3,7', help='classes, in turn (default: all)')
   parser.add_argument('--num', type=int, metavar='N', help='images in all (default: one a label)')
   parser.add_argument('--seed', type=int, default=0, metavar='S')
-  parser.add_argument('--cfg', type=float, default=1.5, help='guidance at the last scale, 0 for none (default 1.5)')
-  parser.add_argument('--top_k', type=int, default=900, help='likeliest codes to draw from, 0 for all (default 900)')
-  parser.add_argument('--top_p', type=float, default=0.96, help='their probability in all, 0 for all (default 0.96)')
-  parser.add_argument('--temperature', type=float, default=1.0, help='of the logits (default 1)')
-  parser.add_argument('--smooth', action='store_true', help='mix codes by Gumbel softmax: smoother, worse FID')
+  flags.add_choices(parser)
   parser.add_argument('--batch_size', type=int, default=64, metavar='N', help='images drawn at a time (default 64)')
   parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='one picture, arrays, or a folder')
   options = parser.parse_args(arguments)
@@ -34,7 +31,8 @@ def main(arguments):
   labels = options.labels or list(range(model.generator.classes if model.generator else 1))
   labels = np.resize(labels, options.num or len(labels))
   samples = model.sample(
-      labels, options.seed, cfg=options.cfg, top_k=options.top_k, top_p=options.top_p, temperature=options.temperature,
-      smooth=options.smooth, batch_size=options.batch_size, progress=True)
-  output.save(options.out, samples.images, labels=samples.labels, tokens=samples.tokens)
+      labels, options.seed, batch_size=options.batch_size, progress=True, **flags.choices(options))
+  columns = len(options.labels or labels)  # labels come in turn: a column each
+  picture = pictures.sheet(samples.images, columns if columns <= 20 else 0)
+  output.save(options.out, samples.images, picture, labels=samples.labels, tokens=samples.tokens)
   print(f'{len(labels)} images in {pathlib.Path(options.out)}')
