@@ -1,7 +1,7 @@
 """`python -m var_jax VERB`, the same as `var-jax VERB`: one file in `commands/` for each verb."""
 
+import errno
 import importlib
-import os
 import sys
 
 from var_jax.errors import UserError
@@ -35,12 +35,14 @@ def main(arguments=None):
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    print(f'error: {error}: free some space and run the same command again', file=sys.stderr)
+    return 2
   except KeyboardInterrupt:
     print('stopped', file=sys.stderr)
     return 130
-  except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
 
 
 if __name__ == '__main__':

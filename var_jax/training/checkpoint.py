@@ -52,6 +52,7 @@ class Checkpoints:
   def __init__(self, workdir, keep=2, say=print):
     self.folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self.say = say
+    self._unreadable = set()
     policy = ocp.training.preservation_policies.LatestN(keep)
     with _quiet():
       self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policy, cleanup_tmp_directories=True)
@@ -67,7 +68,7 @@ class Checkpoints:
     metadata: JSON-like, stored beside it. What was saved before stays until the new one is complete.
     """
     step = int(state.step)
-    if step in self.steps():
+    if step in self.steps() and step not in self._unreadable:
       return
     model, rest = _parts(state)
     self._write(step, {'model': model, 'training': rest}, metadata)
@@ -80,6 +81,7 @@ class Checkpoints:
     try:
       with _quiet():
         self._orbax.save_checkpointables(step, items, custom_metadata=metadata, force=True, overwrite=True)
+      self._unreadable.discard(step)
     except Exception as error:  # orbax reports a full disk as OSError, ValueError or its own errors
       good = [s for s in self.steps() if s != step]
       reason = _first_line(error)
@@ -117,6 +119,7 @@ class Checkpoints:
           metadata = self._orbax.checkpointables_metadata(step).custom_metadata
       except Exception as error:  # whatever a damaged file makes orbax raise
         reasons.append(_first_line(error))
+        self._unreadable.add(step)
         self.say(f'checkpoint {step} in {self.folder} cannot be read ({reasons[-1]})')
         continue
       if reasons:

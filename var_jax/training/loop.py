@@ -82,7 +82,8 @@ def _data_options(config, stage):
 
 
 def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop):
-  train_step = jax.jit(stage.train_step, donate_argnums=0)
+  everywhere = mesh_lib.replicated(mesh)
+  train_step = jax.jit(stage.train_step, donate_argnums=0, out_shardings=(everywhere, everywhere))
   mean, pending, start = metrics_lib.Mean(), None, int(state.step)
   step = start
 
