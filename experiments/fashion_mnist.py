@@ -28,7 +28,7 @@ def _tokenizer():
 
 def _generator(depth):
   config = configs.generator(depth)
-  config.update(batch_size=64, steps=2200, ema=0.998)
+  config.update(batch_size=64, steps=2000, ema=0.998)
   config.optimizer.update(peak_lr=1e-3)
   config.model.update(width=128, heads=4)
   config.drop_path = 0.0

@@ -33,28 +33,39 @@ def read_config(workdir):
   """The locked config of a workdir. UserError when there is none."""
   path = pathlib.Path(workdir) / 'config.json'
   try:
-    return ml_collections.ConfigDict(json.loads(path.read_text())).lock()
-  except FileNotFoundError:
+    settings = json.loads(path.read_text())
+    if settings['stage'] not in ('tokenizer', 'generator') or not isinstance(settings['model'], dict):
+      raise ValueError('it is not the config of a tokenizer or generator')
+    return ml_collections.ConfigDict(settings).lock()
+  except (FileNotFoundError, NotADirectoryError):
     raise UserError(f'{workdir} is not a workdir, it has no config.json: give the --workdir of a training run') from None
-  except ValueError as error:
-    raise UserError(f'{path} cannot be read ({error}): restore it from a copy') from None
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{path} cannot be used ({error}): restore it from a copy') from None
+
+
+def check_config(workdir, config):
+  """Raises UserError when the workdir holds a run with other settings that matter."""
+  if not (pathlib.Path(workdir) / 'config.json').exists():
+    return
+  old, new = _flat(read_config(workdir).to_dict()), _flat(json.loads(config.to_json()))
+  changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k not in RUN_ONLY)
+  if changed:
+    name = changed[0]
+    raise UserError(
+        f'{workdir} holds a run with other settings ({", ".join(changed[:4])}; {name} is {old.get(name)!r} there, '
+        f'{new.get(name)!r} here): use another --workdir, or the same settings')
 
 
 def write_config(workdir, config):
-  """Writes config.json. UserError when the workdir holds a run with other settings that matter."""
+  """Writes config.json, whole or not at all."""
   path = pathlib.Path(workdir) / 'config.json'
-  if path.exists():
-    old, new = _flat(read_config(workdir).to_dict()), _flat(json.loads(config.to_json()))
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k not in RUN_ONLY)
-    if changed:
-      name = changed[0]
-      raise UserError(
-          f'{workdir} holds a run with other settings ({", ".join(changed[:4])}; {name} is {old.get(name)!r} there, '
-          f'{new.get(name)!r} here): use another --workdir, or the same settings')
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(json.loads(config.to_json()), indent=2) + '\n')
-  temporary.replace(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(json.dumps(json.loads(config.to_json()), indent=2) + '\n')
+    temporary.replace(path)
+  except OSError as error:
+    raise UserError(f'cannot write to {workdir} ({error.strerror}): choose another --workdir, or free some space') from None
 
 
 def _flat(tree, prefix=''):
@@ -132,34 +143,42 @@ def _load_params(workdir, shapes, say):
     raise UserError(f'{workdir} has no checkpoint yet: train it first, or wait for its first one')
   checkpoints = Checkpoints(workdir, say=say)
   try:
-    params, _, metadata = checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    params, metadata = checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   finally:
     checkpoints.close()
   return params, metadata
 
 
-def adopt_tokenizer(workdir, source, say=print):
-  """Puts a copy of a tokenizer into a generator's workdir, at its first start; (Tokenizer, parameters, fingerprint).
+def find_tokenizer(workdir, source, say=print):
+  """(its workdir, Tokenizer, parameters): the copy in a generator's workdir, or that in `source` at the first start.
 
-  source: the tokenizer's workdir; may be '' once the copy is there. UserError when it is another than the copy.
+  UserError when there is none, or when `source` is another than the copy.
   """
   copy = pathlib.Path(workdir) / 'tokenizer'
-  if not source and not copy.exists():
-    raise UserError('a generator needs a tokenizer: add --config.tokenizer=DIR, the workdir of a trained one')
   if not (copy / 'config.json').exists():
-    tokenizer, params = load_tokenizer(source, say)
-    checkpoints = Checkpoints(copy, say=say)
-    checkpoints.save_model(0, params, {})
-    checkpoints.close()
-    write_config(copy, read_config(source) if read_config(source).stage == 'tokenizer' else read_config(
-        pathlib.Path(source) / 'tokenizer'))
-    return tokenizer, params, fingerprint(params)
+    if not source:
+      raise UserError('a generator needs a tokenizer: add --config.tokenizer=DIR, the workdir of a trained one')
+    place = pathlib.Path(source)
+    place = place / 'tokenizer' if read_config(place).stage == 'generator' else place
+    return place, *load_tokenizer(place, say)
   tokenizer, params = load_tokenizer(copy, say)
-  name = fingerprint(params)
   if source and pathlib.Path(source).exists():
-    other = fingerprint(load_tokenizer(source, say)[1])
-    if other != name:
+    wanted, found = fingerprint(params), fingerprint(load_tokenizer(source, say)[1])
+    if found != wanted:
       raise UserError(
-          f'the tokenizer in {source} has other parameters than this generator expects (fingerprint {other}, wanted '
-          f'{name}): point --config.tokenizer at the workdir it was trained with, or use another --workdir')
-  return tokenizer, params, name
+          f'the tokenizer in {source} has other parameters than this generator expects (fingerprint {found}, wanted '
+          f'{wanted}): point --config.tokenizer at the workdir it was trained with, or use another --workdir')
+  return copy, tokenizer, params
+
+
+def keep_tokenizer(workdir, place, params):
+  """Puts a copy of the tokenizer at `place` into a generator's workdir, unless it is there."""
+  copy = pathlib.Path(workdir) / 'tokenizer'
+  if copy == place:
+    return
+  checkpoints = Checkpoints(copy)
+  try:
+    checkpoints.save_model(0, params, {})
+  finally:
+    checkpoints.close()
+  write_config(copy, read_config(place))

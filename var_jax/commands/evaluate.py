@@ -21,8 +21,8 @@ def main(arguments):
   flags.add_choices(parser)
   parser.add_argument('--out', metavar='X.json', help='default: evaluation.json in the workdir')
   options = parser.parse_args(arguments)
-  flags.at_least('--per_class', options.per_class, 1)
-  flags.at_least('--seed', options.seed, 0)
+  flags.in_range('--per_class', options.per_class, 1)
+  flags.in_range('--seed', options.seed, 0, 2**32 - 1)
   out = pathlib.Path(options.out or pathlib.Path(options.workdir) / 'evaluation.json')
   if out.suffix != '.json':
     raise UserError(f'--out={out} must end in .json')

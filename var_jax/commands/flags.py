@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 import absl.flags
+import ml_collections
 from ml_collections import config_flags
 
 from var_jax.errors import UserError
@@ -42,25 +43,32 @@ def read_config(path, overrides):
   try:
     config_flags.DEFINE_config_file('config', flag_values=values, lock_config=True, sys_argv=arguments)
     values(arguments)
-    return values.config
+    config = values.config
   except UserError:
     raise
-  except (absl.flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(_explain(error)) from error
+  except Exception as error:  # an experiment is code, and may fail in any way
+    raise UserError(_explain(error, file)) from error
+  if not isinstance(config, ml_collections.ConfigDict) or 'stage' not in config:
+    raise UserError(f'get_config in {file} gives no config: start from configs.tokenizer() or configs.generator()')
+  return config
 
 
-def _explain(error):
-  """One line from the errors of absl and ml_collections, which speak in paragraphs."""
-  cause = error.__cause__ or error.__context__
+def _explain(error, file):
+  """One line from the errors of absl and ml_collections, which speak in paragraphs and hide the cause."""
+  cause = error
+  while (cause.__cause__ or cause.__context__) is not None and not isinstance(cause, UserError):
+    cause = cause.__cause__ or cause.__context__
   if isinstance(cause, UserError):
     return str(cause)
-  return ' '.join(str(error).strip('\'"').split())[:300]
+  if isinstance(error, (absl.flags.Error, AttributeError, KeyError, TypeError)) and 'Traceback' not in str(error):
+    return ' '.join(str(error).strip('\'"').split())[:300]
+  return f'{file} fails with {type(cause).__name__}: {" ".join(str(cause).split())[:200]}'
 
 
-def at_least(flag, value, least):
-  """Raises UserError when a number that was given is too small."""
-  if value is not None and value < least:
-    raise UserError(f'{flag}={value} is too small: use {least} or more')
+def in_range(flag, value, least, most=None):
+  """Raises UserError when a number that was given is out of range."""
+  if value is not None and (value < least or most is not None and value > most):
+    raise UserError(f'{flag}={value} is out of range: use {least} or more' + (f', and at most {most}' if most else ''))
 
 
 def add_choices(parser):

@@ -1,7 +1,6 @@
 """What commands leave: one picture, an .npz in the evaluators' layout, or a folder of PNGs."""
 
 import pathlib
-import zipfile
 
 import numpy as np
 
@@ -34,17 +33,25 @@ def make_folder(folder):
 
 
 def save(out, images_NxHxWx3, picture, **arrays):
-  """Writes (N, H, W, 3) uint8 images; an .npz has them as arr_0 beside `arrays`. picture: what a .png shows."""
+  """Writes (N, H, W, 3) uint8 images; an .npz has them as arr_0 beside `arrays`. picture: what a .png shows.
+
+  Files appear whole or not at all: what was there stays when the disk is full.
+  """
   path = pathlib.Path(out)
+  if path.suffix.lower() == '.npz':
+    _whole(path, lambda part: np.savez(part, arr_0=images_NxHxWx3, **arrays))
+  elif path.suffix:
+    _whole(path, lambda part: pictures.save(part, picture))
+  else:
+    for i, image in enumerate(images_NxHxWx3):
+      _whole(path / f'{i:06d}.png', lambda part: pictures.save(part, image))
+
+
+def _whole(path, write):
+  part = path.with_name(f'.part_{path.name}')
   try:
-    if path.suffix.lower() == '.npz':
-      temporary = path.with_name(path.name + '.part.npz')
-      np.savez(temporary, arr_0=images_NxHxWx3, **arrays)
-      temporary.replace(path)
-    elif path.suffix:
-      pictures.save(path, picture)
-    else:
-      for i, image in enumerate(images_NxHxWx3):
-        pictures.save(path / f'{i:06d}.png', image)
-  except (OSError, zipfile.BadZipFile) as error:
-    raise UserError(f'could not write {out} ({error}): free some space or choose another --out') from None
+    write(part)
+    part.replace(path)
+  except OSError as error:
+    part.unlink(missing_ok=True)
+    raise UserError(f'could not write {path} ({error.strerror or error}): free some space or choose another --out') from None

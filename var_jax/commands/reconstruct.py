@@ -21,12 +21,12 @@ def main(arguments):
   parser.add_argument('--held_out', type=int, metavar='N', help="or: the first N validation images of the model's data")
   parser.add_argument('--out', required=True, metavar='X.png|X.npz', help='a picture, or arrays: arr_0, tokens, scales')
   options = parser.parse_args(arguments)
-  flags.at_least('--held_out', options.held_out, 1)
+  flags.in_range('--held_out', options.held_out, 1)
   if bool(options.images) == bool(options.held_out):
     raise UserError('say which images: either --images=FILE,... or --held_out=N')
-  output.check(options.out)
   if not pathlib.Path(options.out).suffix:
     raise UserError(f'--out={options.out} must be a picture such as X.png, or X.npz')
+  output.check(options.out)
 
   from var_jax.model import load
 

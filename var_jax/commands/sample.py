@@ -21,9 +21,9 @@ def main(arguments):
   parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='one picture, arrays, or a folder')
   options = parser.parse_args(arguments)
   output.check(options.out)
-  flags.at_least('--num', options.num, 1)
-  flags.at_least('--batch_size', options.batch_size, 1)
-  flags.at_least('--seed', options.seed, 0)
+  flags.in_range('--num', options.num, 1)
+  flags.in_range('--batch_size', options.batch_size, 1)
+  flags.in_range('--seed', options.seed, 0, 2**32 - 1)
 
   from var_jax.model import load
 

@@ -22,7 +22,10 @@ def main(arguments):
 
 
 def run(config, workdir):
-  """Trains what a config says. Returns the exit status: 0, or 128 + the signal that stopped it."""
+  """Trains what a config says. Returns the exit status: 0, or 128 + the signal that stopped it.
+
+  Everything that can be refused is refused before anything is written.
+  """
   from var_jax.data.sources import open_source
   from var_jax.training import loop
   from var_jax.training.checkpoint import Checkpoints
@@ -30,10 +33,16 @@ def run(config, workdir):
   say = lambda text: print(text, file=sys.stderr, flush=True)
   check(config)
   sources = [open_source(config.data.source, config.data.path, split) for split in ('train', 'validation')]
-  stage = make_stage(config, workdir, sources[0], say)
-  workdir_lib.write_config(workdir, config)
+  if config.stage == 'generator':
+    _set_classes(config, sources[0])
+  workdir_lib.check_config(workdir, config)
+  steps = config.steps or max(1, round(config.epochs * len(sources[0]) / config.batch_size))
+  stage, keep_tokenizer = make_stage(config, workdir, steps, say)
   checkpoints = Checkpoints(workdir, config.keep, say)
   try:
+    stage.check_metadata(checkpoints.newest_metadata())
+    workdir_lib.write_config(workdir, config)
+    keep_tokenizer()
     loop.train(stage, config, *sources, checkpoints, workdir, say=say)
   except loop.Interrupted as stop:
     say(str(stop))
@@ -44,32 +53,60 @@ def run(config, workdir):
   return 0
 
 
+LIMITS = {  # setting: (least, most) of what a run can use
+    'seed': (0, 2**32 - 1), 'batch_size': (1, None), 'accumulate': (1, None), 'steps': (0, None), 'epochs': (0, None),
+    'ema': (0, 0.9999999), 'keep': (1, None), 'max_skipped_in_row': (1, None), 'log_every': (0, None),
+    'eval_every': (0, None), 'eval_images': (0, None), 'pictures_every': (0, None), 'checkpoint_every': (0, None),
+    'data.enlarge': (1, None), 'data.workers': (0, None), 'optimizer.warmup': (0, 1), 'label_drop': (0, 1),
+    'label_smoothing': (0, 1), 'drop_path': (0, 0.99), 'codebook.scale_dropout': (0, 1), 'codebook.restart_every': (0, None),
+    'codebook.restart_after': (1, None), 'model.codes': (1, None), 'model.channels': (1, None), 'model.ch': (1, None),
+    'model.res_blocks': (0, None), 'model.groups': (1, None), 'model.phi_layers': (0, None), 'model.depth': (1, None),
+    'model.width': (0, None), 'model.heads': (0, None), 'model.classes': (0, None), 'progressive.end': (0, 1),
+    'progressive.start_scale': (0, None), 'loss.adversarial_start': (0, 1),
+}
+
+
 def check(config):
   """Raises UserError for values that no run can use."""
+  from var_jax.training import mesh
   from var_jax.training.optimizer import SCHEDULES
 
-  if config.batch_size < 1 or config.accumulate < 1:
-    raise UserError('batch_size and accumulate must be at least 1')
+  for name, (least, most) in LIMITS.items():
+    value = _lookup(config, name)
+    if value is not None and not (least <= value and (most is None or value <= most)):
+      raise UserError(f'{name} is {value}: it must be {least} or more' + (f', and at most {most}' if most else ''))
   if config.optimizer.schedule not in SCHEDULES:
     raise UserError(f'there is no schedule {config.optimizer.schedule!r}: use one of {", ".join(SCHEDULES)}')
-  if not 0 <= config.ema < 1:
-    raise UserError(f'ema {config.ema} is not a decay between 0 (off) and 1, such as 0.999')
-  if config.steps <= 0 and config.epochs <= 0:
+  if not config.steps and not config.epochs:
     raise UserError('the run has no length: set --config.steps=N or --config.epochs=N')
+  mesh.check_batch(config.batch_size, mesh.make_mesh(), config.accumulate)
 
 
-def make_stage(config, workdir, source, say):
-  """The stage that a config describes, with its models."""
-  steps = config.steps or max(1, round(config.epochs * len(source) / config.batch_size))
-  if config.stage == 'tokenizer':
-    from var_jax.stages.tokenizer import TokenizerStage
+def _lookup(config, name):
+  """The value of a dotted name, None where this stage has no such setting."""
+  for part in name.split('.'):
+    if part not in config:
+      return None
+    config = config[part]
+  return config
 
-    return TokenizerStage(config, workdir_lib.make_tokenizer(config), steps)
-  from var_jax.stages.generator import GeneratorStage
 
+def _set_classes(config, source):
+  """Writes into the config how many classes the data has, unless it says so itself."""
   config.model.classes = config.model.classes or source.num_classes
   if config.model.classes < source.num_classes:
     raise UserError(f'model.classes is {config.model.classes}, but the data has {source.num_classes} classes: set it to 0')
-  tokenizer, params, fingerprint = workdir_lib.adopt_tokenizer(workdir, config.tokenizer, say)
+
+
+def make_stage(config, workdir, steps, say):
+  """(stage, what puts its tokenizer's copy into the workdir)."""
+  if config.stage == 'tokenizer':
+    from var_jax.stages.tokenizer import TokenizerStage
+
+    return TokenizerStage(config, workdir_lib.make_tokenizer(config), steps), lambda: None
+  from var_jax.stages.generator import GeneratorStage
+
+  place, tokenizer, params = workdir_lib.find_tokenizer(workdir, config.tokenizer, say)
   generator = workdir_lib.make_generator(config, tokenizer)
-  return GeneratorStage(config, generator, tokenizer, params, fingerprint, steps)
+  stage = GeneratorStage(config, generator, tokenizer, params, workdir_lib.fingerprint(params), steps)
+  return stage, lambda: workdir_lib.keep_tokenizer(workdir, place, params)

@@ -39,7 +39,7 @@ class GeneratorStage:
 
   def check_metadata(self, metadata):
     """Raises UserError when a checkpoint was trained on another tokenizer's tokens."""
-    if metadata.get('tokenizer') != self.metadata['tokenizer']:
+    if metadata is not None and metadata.get('tokenizer') != self.metadata['tokenizer']:
       raise UserError(
           f'this generator was trained with another tokenizer (fingerprint {metadata.get("tokenizer")}, given '
           f'{self.metadata["tokenizer"]}): point --config.tokenizer at the workdir it was trained with')

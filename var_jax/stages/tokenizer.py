@@ -28,6 +28,7 @@ class TokenizerStage:
     self.discriminator_optimizer = optimizer_lib.adamw(config.loss.discriminator_lr, betas=(0.5, 0.9), clip=1.0)
     if config.loss.lpips and not config.loss.lpips_weights:
       raise UserError('loss.lpips needs the VGG16 weights: set --config.loss.lpips_weights=FILE, or --config.loss.lpips=0')
+    self.lpips_params = lpips.load(config.loss.lpips_weights) if config.loss.lpips else None
 
   def init(self):
     """The state before the first step."""
@@ -40,7 +41,7 @@ class TokenizerStage:
       extra['discriminator_optimizer'] = self.discriminator_optimizer.init(extra['discriminator'])
     if config.codebook.restart_every:
       extra['idle_V'] = jnp.zeros(self.tokenizer.codes, jnp.int32)
-    frozen = {'lpips': lpips.load(config.loss.lpips_weights)} if config.loss.lpips else None
+    frozen = {'lpips': self.lpips_params} if config.loss.lpips else None
     return TrainState.create(config.seed, params, self.optimizer, ema=bool(config.ema), extra=extra, frozen=frozen)
 
   def check_metadata(self, metadata):

@@ -54,8 +54,11 @@ class Checkpoints:
     self.say = say
     self._unreadable = set()
     policy = ocp.training.preservation_policies.LatestN(keep)
-    with _quiet():
-      self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policy, cleanup_tmp_directories=True)
+    try:
+      with _quiet():
+        self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policy, cleanup_tmp_directories=True)
+    except OSError as error:
+      raise UserError(f'cannot write to {workdir} ({error.strerror}): choose another --workdir') from None
 
   def steps(self):
     """Steps with a complete checkpoint, oldest first."""
@@ -90,7 +93,7 @@ class Checkpoints:
           + (f', it resumes from step {good[-1]}' if good else '')) from error
 
   def restore(self, like, sharding):
-    """(state, metadata) of the newest readable checkpoint, or None when there is none. Skips unreadable ones, loudly.
+    """The state of the newest readable checkpoint, or None when there is none. Skips unreadable ones, loudly.
 
     like: a state of the wanted structure. Raises UserError when there are checkpoints but none can be read.
     """
@@ -99,16 +102,16 @@ class Checkpoints:
     loaded = self._newest_readable(wanted)
     if loaded is None:
       return None
-    items, metadata = loaded
-    return _joined(items['model'], items['training'], like.frozen), metadata
+    items, _ = loaded
+    return _joined(items['model'], items['training'], like.frozen)
 
   def restore_model(self, like, sharding):
-    """(parameters, step, metadata) of the newest readable checkpoint; UserError when there is none."""
+    """(parameters, metadata) of the newest readable checkpoint; UserError when there is none."""
     loaded = self._newest_readable({'model': _abstract(like, sharding)})
     if loaded is None:
       raise UserError(f'no checkpoint in {self.folder}: train first, or point --workdir at a workdir that has one')
     items, metadata = loaded
-    return items['model'], metadata['step'], metadata
+    return items['model'], metadata
 
   def _newest_readable(self, wanted):
     steps, reasons = self.steps(), []
@@ -124,15 +127,24 @@ class Checkpoints:
         continue
       if reasons:
         self.say(f'using checkpoint {step} instead')
-      return items, (metadata or {}) | {'step': step}
+      return items, metadata or {}
     if not steps:
       return None
     raise UserError(
         f'none of the checkpoints {steps} in {self.folder} can be read ({reasons[0]}): '
         'restore them from a copy, or move that folder away to start again')
 
+  def newest_metadata(self):
+    """The metadata of the newest checkpoint that has some to read, None when there is none."""
+    for step in reversed(self.steps()):
+      with contextlib.suppress(Exception), _quiet():  # a damaged one: `restore` says so
+        if metadata := self._orbax.checkpointables_metadata(step).custom_metadata:
+          return metadata
+    return None
+
   def close(self):
-    with _quiet():
+    """Ends orbax's threads. Errors of a save have been raised by then."""
+    with contextlib.suppress(Exception), _quiet():
       self._orbax.close()
 
 

@@ -51,13 +51,11 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=print)
   Interrupted after SIGTERM or Ctrl-C.
   """
   mesh = mesh_lib.make_mesh()
-  mesh_lib.check_batch(config.batch_size, mesh, config.accumulate)
   with jax.set_mesh(mesh), _stop_requests() as stop:
     state = mesh_lib.put_state(stage.init(), mesh)
     restored = checkpoints.restore(state, mesh_lib.replicated(mesh))
     if restored is not None:
-      state, metadata = restored
-      stage.check_metadata(metadata)
+      state = restored
       say(f'resuming from step {int(state.step)} of {stage.steps}')
     start = int(state.step)
     writer = metrics_lib.Writer(workdir, start)

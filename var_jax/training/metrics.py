@@ -9,6 +9,7 @@ import time
 import numpy as np
 import tensorboardX
 import tqdm
+from PIL import Image
 
 
 class Writer:
@@ -31,6 +32,10 @@ class Writer:
       self._events.add_scalar(name, value, step)
 
   def picture(self, step, name, image_HxWx3):
+    """One uint8 picture, to `WORKDIR/pictures/NAME_STEP.png` as well."""
+    folder = self.path.parent / 'pictures'
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(image_HxWx3).save(folder / f'{name}_{step:07d}.png')
     self._events.add_image(name, image_HxWx3, step, dataformats='HWC')
 
   def close(self):

@@ -1,0 +1,275 @@
+"""The commands as a person types them: train both stages, sample, reconstruct; and `var_jax.load` says the same."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_training import ROOT, compile_little, write_experiment  # noqa: F401 (compile_little holds for this file too)
+
+import var_jax
+from var_jax import workdir as workdir_lib
+from var_jax.__main__ import VERBS, main
+from var_jax.commands import flags
+from var_jax.errors import UserError
+
+EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
+SHORT = ['--config.steps=4', '--config.eval_every=4', '--config.pictures_every=4']
+
+
+_trained = []
+
+
+def train_both(factory):
+  """(experiment, tokenizer's workdir, generator's), trained once for all files of tests.
+
+  The generator's was given a tokenizer's workdir that is gone since: it has to live on its copy.
+  """
+  if _trained:
+    return _trained
+  folder = factory.mktemp('trained')
+  experiment, tokenizer, generator, lent = write_experiment(folder), *(folder / name for name in ('t', 'g', 'lent'))
+  assert main(['train', f'--config={experiment}:tokenizer', f'--workdir={tokenizer}', *SHORT]) == 0
+  shutil.copytree(tokenizer, lent)
+  assert main(['train', f'--config={experiment}:generator', f'--workdir={generator}', f'--config.tokenizer={lent}',
+               *SHORT]) == 0
+  shutil.rmtree(lent)
+  _trained.extend((experiment, tokenizer, generator))
+  return _trained
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  return train_both(tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
+def tokenizer(trained):
+  return trained[1]
+
+
+@pytest.fixture(scope='module')
+def generator(trained):
+  return trained[2]
+
+
+def arrays(file):
+  with np.load(file) as opened:
+    return {name: opened[name] for name in opened.files}
+
+
+def sample(workdir, out, *options):
+  """What `var-jax sample` leaves in an .npz."""
+  assert main(['sample', f'--workdir={workdir}', f'--out={out}', *options]) == 0
+  return arrays(out)
+
+
+@pytest.fixture(scope='module')
+def five(generator, tmp_path_factory):
+  """The .npz of five samples."""
+  return sample(generator, tmp_path_factory.mktemp('five') / 'x.npz', '--labels=0,3,7', '--num=5', '--seed=1')
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+  """Two image files of other sizes than the model's."""
+  folder, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
+  for name, shape in (('a.png', (20, 30)), ('b.jpg', (9, 8))):
+    Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(folder / name)
+  return [folder / 'a.png', folder / 'b.jpg']
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('stage', [0, 1], ids=['tokenizer', 'generator'])
+def test_training_leaves_config_checkpoints_metrics_and_events(trained, stage):
+  workdir = trained[1 + stage]
+  config = json.loads((workdir / 'config.json').read_text())
+  assert config['stage'] == ('tokenizer', 'generator')[stage] and config['steps'] == 4
+  assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['4']
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines if 'train/loss' in line] == [1, 2, 3, 4]
+  assert all(np.isfinite(line['train/loss']) for line in lines if 'train/loss' in line)
+  validation = {name for line in lines for name in line if name.startswith('validation/')}
+  assert {('validation/psnr', 'validation/loss')[stage]} < validation
+  assert (f'validation/{("usage", "accuracy")[stage]}/scale_2') in validation
+  assert list((workdir / 'tensorboard').glob('events*'))
+
+
+def test_generator_keeps_a_copy_of_its_tokenizer(tokenizer, generator):
+  _, ours = workdir_lib.load_tokenizer(tokenizer)
+  _, copy = workdir_lib.load_tokenizer(generator / 'tokenizer')
+  assert workdir_lib.fingerprint(ours) == workdir_lib.fingerprint(copy)
+
+
+def test_finished_run_says_so_and_stays(trained, capsys):
+  experiment, tokenizer, generator = trained
+  before = {p: p.stat().st_mtime_ns for p in tokenizer.joinpath('checkpoints').rglob('*')}
+  assert main(['train', f'--config={experiment}:tokenizer', f'--workdir={tokenizer}', *SHORT]) == 0
+  assert 'resuming from step 4 of 4' in capsys.readouterr().err
+  assert {p: p.stat().st_mtime_ns for p in tokenizer.joinpath('checkpoints').rglob('*')} == before
+  command = ['train', f'--config={experiment}:generator', f'--workdir={generator}', *SHORT]
+  assert main(command) == 0  # without --config.tokenizer: it has its copy
+  assert main([*command, f'--config.tokenizer={tokenizer}']) == 0  # the same one, elsewhere
+  assert 'resuming from step 4 of 4' in capsys.readouterr().err
+
+
+# --- sample ----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_have_the_layout_of_the_contract(five):
+  assert five.keys() == {'arr_0', 'labels', 'tokens'}
+  assert five['arr_0'].dtype == np.uint8 and five['arr_0'].shape == (5, 8, 8, 3)
+  assert five['tokens'].dtype == np.int32 and five['tokens'].shape == (5, 1 + 4 + 16)
+  np.testing.assert_array_equal(five['labels'], [0, 3, 7, 0, 3])
+  assert len(np.unique(five['arr_0'], axis=0)) == 5  # an image each
+
+
+def test_sample_without_labels_goes_through_the_classes(generator, tmp_path):
+  np.testing.assert_array_equal(sample(generator, tmp_path / 'x.npz')['labels'], range(10))
+  np.testing.assert_array_equal(sample(generator, tmp_path / 'x.npz', '--num=3')['labels'], range(3))
+  np.testing.assert_array_equal(sample(generator, tmp_path / 'x.npz', '--labels=4')['labels'], [4])
+
+
+@pytest.mark.parametrize('options', [['--num=3'], ['--num=5', '--batch_size=1'], ['--num=20', '--batch_size=16']])
+def test_same_seed_gives_same_images_whatever_the_number_and_batch(generator, five, tmp_path, options):
+  other = sample(generator, tmp_path / 'x.npz', '--labels=0,3,7', '--seed=1', *options)
+  count = min(5, len(other['arr_0']))
+  np.testing.assert_array_equal(other['tokens'][:count], five['tokens'][:count])
+  np.testing.assert_array_equal(other['labels'][:count], five['labels'][:count])
+  apart = np.abs(other['arr_0'][:count].astype(int) - five['arr_0'][:count])
+  assert apart.max() <= 1 and apart.mean() < 0.01  # rounding of another batch's sums
+
+
+def test_seed_and_filters_change_the_samples(generator, five, tmp_path):
+  for options in (['--seed=2'], ['--top_k=1'], ['--cfg=9'], ['--temperature=0.001']):
+    other = sample(generator, tmp_path / 'x.npz', '--labels=0,3,7', '--num=5', '--seed=1', *options)
+    assert not np.array_equal(other['tokens'], five['tokens']), options
+  again = sample(generator, tmp_path / 'x.npz', '--labels=0,3,7', '--num=5', '--seed=1', '--top_k=1')
+  greedy = sample(generator, tmp_path / 'x.npz', '--labels=0,3,7', '--num=5', '--seed=9', '--top_k=1')
+  np.testing.assert_array_equal(greedy['tokens'], again['tokens'])  # the likeliest tokens need no seed
+
+
+def test_folder_and_picture_show_the_same_samples(generator, five, tmp_path):
+  options = [f'--workdir={generator}', '--labels=0,3,7', '--num=5', '--seed=1']
+  assert main(['sample', *options, f'--out={tmp_path / "many"}']) == 0
+  files = sorted((tmp_path / 'many').iterdir())
+  assert [f.name for f in files] == [f'{i:06d}.png' for i in range(5)]
+  np.testing.assert_array_equal(np.stack([np.asarray(Image.open(f)) for f in files]), five['arr_0'])
+  assert main(['sample', *options, f'--out={tmp_path / "new" / "one.png"}']) == 0
+  picture = np.asarray(Image.open(tmp_path / 'new' / 'one.png'))
+  height, width = picture.shape[:2]
+  zoom = 64 // 8  # small images are enlarged
+  reach = zoom * 7 + 1
+  corners = [(y, x) for y in range(height - reach) for x in range(width - reach)]
+  tiles = {picture[y:y + reach:zoom, x:x + reach:zoom].tobytes() for y, x in corners}
+  assert all(image.tobytes() in tiles for image in five['arr_0'])
+
+
+# --- reconstruct -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('stage', [1, 2], ids=['tokenizer', 'generator'])
+def test_reconstruction_shows_every_scale(trained, pictures, tmp_path, stage):
+  command = ['reconstruct', f'--workdir={trained[stage]}', f'--images={",".join(map(str, pictures))}']
+  assert main([*command, f'--out={tmp_path / "x.npz"}']) == 0
+  out = arrays(tmp_path / 'x.npz')
+  assert out.keys() == {'arr_0', 'tokens', 'scales'}
+  assert out['arr_0'].shape == (2, 8, 8, 3) and out['scales'].shape == (2, 3, 8, 8, 3)
+  assert out['tokens'].shape == (2, 21) and out['tokens'].dtype == np.int32
+  assert out['arr_0'].dtype == out['scales'].dtype == np.uint8
+  np.testing.assert_array_equal(out['scales'][:, -1], out['arr_0'])
+  assert not np.array_equal(out['scales'][:, 0], out['scales'][:, 1])
+  model = var_jax.load(trained[stage])
+  np.testing.assert_array_equal(model.decode(out['tokens']), out['arr_0'])
+  np.testing.assert_array_equal(model.decode_every_scale(out['tokens']), out['scales'])
+  assert main([*command, f'--out={tmp_path / "x.png"}']) == 0
+  assert min(Image.open(tmp_path / 'x.png').size) >= 16
+
+
+def test_reconstruction_of_held_out_images_needs_no_files(tokenizer, tmp_path):
+  assert main(['reconstruct', f'--workdir={tokenizer}', '--held_out=3', f'--out={tmp_path / "x.npz"}']) == 0
+  assert arrays(tmp_path / 'x.npz')['scales'].shape == (3, 3, 8, 8, 3)
+
+
+# --- var_jax.load ----------------------------------------------------------------------------------------------------
+
+
+def test_loaded_model_agrees_with_the_commands(generator, tokenizer, five, pictures, tmp_path):
+  model = var_jax.load(str(generator))
+  images, labels, tokens = model.sample([0, 3, 7, 0, 3], seed=1)
+  np.testing.assert_array_equal(tokens, five['tokens'])
+  np.testing.assert_array_equal(images, five['arr_0'])
+  np.testing.assert_array_equal(labels, five['labels'])
+  np.testing.assert_array_equal(model.sample([7, 0], seed=1, first=2).tokens, tokens[2:4])
+  decoded = model.decode(tokens)
+  assert np.abs(decoded.astype(int) - images).max() <= 1
+  pixels = np.stack([np.asarray(Image.open(pictures[0]).convert('RGB').crop((0, 0, 8, 8)))])
+  codes = model.encode(pixels)
+  assert codes.dtype == np.int32 and codes.shape == (1, 21)
+  np.testing.assert_array_equal(codes, model.encode(pixels / np.float32(127.5) - 1))
+  np.testing.assert_array_equal(codes, var_jax.load(tokenizer).encode(pixels))
+
+
+def test_loaded_model_refuses_what_does_not_fit(generator, tokenizer):
+  model = var_jax.load(generator)
+  for call in (lambda: model.sample([10]), lambda: model.sample([-1]), lambda: model.sample([0.5]),
+               lambda: model.sample([]), lambda: model.sample([0], top_p=2), lambda: model.decode([[0] * 20]),
+               lambda: model.decode([[32] * 21]), lambda: model.encode(np.zeros((1, 9, 8, 3), np.uint8)),
+               lambda: var_jax.load(tokenizer).sample([0])):
+    with pytest.raises(UserError):
+      call()
+
+
+# --- help and experiments --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('verb', VERBS)
+def test_help_of_every_verb_ends_in_an_example(verb, capsys):
+  with pytest.raises(SystemExit) as exit:
+    main([verb, '--help'])
+  text = capsys.readouterr().out
+  assert exit.value.code == 0
+  assert 'example:' in text and f'var-jax {verb} --' in text.split('example:')[1]
+
+
+def test_help_names_every_verb(capsys):
+  assert main(['--help']) == 0
+  text = capsys.readouterr().out
+  assert all(verb in text for verb in VERBS) and 'example: var-jax' in text
+  assert main([]) == 2
+
+
+def test_experiments_are_there():
+  assert 'digits' in {file.stem for file in EXPERIMENTS}
+
+
+@pytest.mark.parametrize('stage', ['tokenizer', 'generator'])
+@pytest.mark.parametrize('file', EXPERIMENTS, ids=lambda file: file.stem)
+def test_experiment_describes_both_stages_and_a_small_run(file, stage):
+  for argument in (stage, f'{stage},runlocal'):
+    config = flags.read_config(f'{file}:{argument}', [])
+    assert config.is_locked and config.stage == stage
+    assert config.steps > 0 or config.epochs > 0
+    if stage == 'tokenizer':
+      assert workdir_lib.make_tokenizer(config).image_size == tuple(config.image_size)
+  assert 0 < config.steps <= 100 and config.batch_size <= 128
+  changed = flags.read_config(f'{file}:{stage}', ['--config.batch_size=24', '--config.optimizer.peak_lr=1'])
+  assert changed.batch_size == 24 and changed.optimizer.peak_lr == 1.0
+
+
+@pytest.mark.parametrize('file', EXPERIMENTS, ids=lambda file: file.stem)
+def test_experiment_refuses_options_it_does_not_have(file):
+  for argument, word in (('tokenizer,fast', 'fast'), ('generator,deep=3', 'deep'), ('decoder', 'decoder')):
+    with pytest.raises(UserError, match=word) as error:
+      flags.read_config(f'{file}:{argument}', [])
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('file', EXPERIMENTS, ids=lambda file: file.stem)
+def test_experiment_begins_with_its_commands(file):
+  text = file.read_text()
+  for stage in ('tokenizer', 'generator'):
+    assert f'python -m var_jax train --config=experiments/{file.name}:{stage}' in text.split('"""')[1]
