@@ -8,12 +8,10 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_commands import train_both
-from test_training import ROOT, compile_little, truncate  # noqa: F401 (compile_little holds for this file too)
+from tiny_runs import ROOT, train_both, truncate
 
 import var_jax
 from var_jax import workdir as workdir_lib

@@ -1,12 +1,11 @@
 """The commands as a person types them: train both stages, sample, reconstruct; and `var_jax.load` says the same."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_training import ROOT, compile_little, write_experiment  # noqa: F401 (compile_little holds for this file too)
+from tiny_runs import ROOT, SHORT, train_both
 
 import var_jax
 from var_jax import workdir as workdir_lib
@@ -15,28 +14,6 @@ from var_jax.commands import flags
 from var_jax.errors import UserError
 
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
-SHORT = ['--config.steps=4', '--config.eval_every=4', '--config.pictures_every=4']
-
-
-_trained = []
-
-
-def train_both(factory):
-  """(experiment, tokenizer's workdir, generator's), trained once for all files of tests.
-
-  The generator's was given a tokenizer's workdir that is gone since: it has to live on its copy.
-  """
-  if _trained:
-    return _trained
-  folder = factory.mktemp('trained')
-  experiment, tokenizer, generator, lent = write_experiment(folder), *(folder / name for name in ('t', 'g', 'lent'))
-  assert main(['train', f'--config={experiment}:tokenizer', f'--workdir={tokenizer}', *SHORT]) == 0
-  shutil.copytree(tokenizer, lent)
-  assert main(['train', f'--config={experiment}:generator', f'--workdir={generator}', f'--config.tokenizer={lent}',
-               *SHORT]) == 0
-  shutil.rmtree(lent)
-  _trained.extend((experiment, tokenizer, generator))
-  return _trained
 
 
 @pytest.fixture(scope='module')

@@ -143,7 +143,7 @@ def _load_params(workdir, shapes, say):
     raise UserError(f'{workdir} has no checkpoint yet: train it first, or wait for its first one')
   checkpoints = Checkpoints(workdir, say=say)
   try:
-    params, metadata = checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    params, _, metadata = checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   finally:
     checkpoints.close()
   return params, metadata

@@ -93,7 +93,7 @@ class Checkpoints:
           + (f', it resumes from step {good[-1]}' if good else '')) from error
 
   def restore(self, like, sharding):
-    """The state of the newest readable checkpoint, or None when there is none. Skips unreadable ones, loudly.
+    """(state, metadata) of the newest readable checkpoint, or None when there is none. Skips unreadable ones, loudly.
 
     like: a state of the wanted structure. Raises UserError when there are checkpoints but none can be read.
     """
@@ -102,16 +102,16 @@ class Checkpoints:
     loaded = self._newest_readable(wanted)
     if loaded is None:
       return None
-    items, _ = loaded
-    return _joined(items['model'], items['training'], like.frozen)
+    items, _, metadata = loaded
+    return _joined(items['model'], items['training'], like.frozen), metadata
 
   def restore_model(self, like, sharding):
-    """(parameters, metadata) of the newest readable checkpoint; UserError when there is none."""
+    """(parameters, step, metadata) of the newest readable checkpoint; UserError when there is none."""
     loaded = self._newest_readable({'model': _abstract(like, sharding)})
     if loaded is None:
       raise UserError(f'no checkpoint in {self.folder}: train first, or point --workdir at a workdir that has one')
-    items, metadata = loaded
-    return items['model'], metadata
+    items, step, metadata = loaded
+    return items['model'], step, metadata
 
   def _newest_readable(self, wanted):
     steps, reasons = self.steps(), []
@@ -127,7 +127,7 @@ class Checkpoints:
         continue
       if reasons:
         self.say(f'using checkpoint {step} instead')
-      return items, metadata or {}
+      return items, step, metadata or {}
     if not steps:
       return None
     raise UserError(

@@ -55,7 +55,7 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=print)
     state = mesh_lib.put_state(stage.init(), mesh)
     restored = checkpoints.restore(state, mesh_lib.replicated(mesh))
     if restored is not None:
-      state = restored
+      state, _ = restored
       say(f'resuming from step {int(state.step)} of {stage.steps}')
     start = int(state.step)
     writer = metrics_lib.Writer(workdir, start)

@@ -1,0 +1,166 @@
+"""Runs that are stopped by a crash, a kill or a signal go on as if never stopped."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from tiny_runs import (
+  FULL,
+  ROOT,
+  STAGES,
+  Line,
+  Trainer,
+  _stage,
+  differing,
+  metrics_of,
+  one_device,
+  tiny_config,
+  train_line,
+)
+
+from var_jax.data.sources import open_source
+from var_jax.training import loop
+from var_jax.training.checkpoint import Checkpoints
+
+
+class Crash(Exception):
+  """The machine went away."""
+
+
+class CrashingCheckpoints(Checkpoints):
+  """Checkpoints of a run that dies right after it has saved step 4."""
+
+  def save(self, state, metadata):
+    super().save(state, metadata)
+    if int(state.step) == 4:
+      raise Crash
+
+
+def run_losses(workdir):
+  return [(line['step'], line['train/loss']) for line in metrics_of(workdir) if 'train/loss' in line]
+
+
+@pytest.mark.parametrize('kind', STAGES)
+def test_resumed_run_equals_straight_run(kind, tmp_path, monkeypatch):
+  changes = FULL if kind == 'tokenizer' else {}
+  stage, first = Trainer(kind, **changes).stage, jax.devices()[:1]
+  sources = [open_source('digits', split=split) for split in ('train', 'validation')]
+  monkeypatch.setattr(jax, 'devices', lambda *_: first)  # eight would take longer to save, and prove no more
+
+  def run(workdir, kind_of_checkpoints=Checkpoints):
+    checkpoints, said = kind_of_checkpoints(workdir), []
+    try:
+      state = loop.train(stage, tiny_config(kind, **changes), *sources, checkpoints, workdir, say=said.append)
+      return jax.device_get(state), said
+    finally:
+      checkpoints.close()
+
+  straight, said = run(tmp_path / 'a')
+  assert said == []
+  with pytest.raises(Crash):
+    run(tmp_path / 'b', CrashingCheckpoints)
+  resumed, said = run(tmp_path / 'b')
+  assert said == ['resuming from step 4 of 8']
+  assert differing(resumed.replace(frozen=None), straight.replace(frozen=None)) == []
+  assert resumed.step == 8 and differing(resumed.params, stage.init().params)
+  assert [step for step, _ in run_losses(tmp_path / 'a')] == list(range(1, 9))
+  assert run_losses(tmp_path / 'a') == run_losses(tmp_path / 'b')
+
+
+def test_finished_run_is_left_as_it_is(tmp_path):
+  first, _ = train_line(Line(6), tmp_path)
+  lines = metrics_of(tmp_path)
+  second, said = train_line(Line(6), tmp_path)
+  assert said == ['resuming from step 6 of 6'] and differing(first, second) == []
+  assert metrics_of(tmp_path) == lines
+
+
+def test_metrics_of_a_lost_stretch_are_dropped(tmp_path):
+  with pytest.raises(Crash):
+    train_line(Line(6), tmp_path, CrashingCheckpoints(tmp_path))
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 5, "train/loss": 99.0}\n{"step": 6, "tra')  # and a line cut short
+  train_line(Line(6), tmp_path)
+  assert [step for step, _ in run_losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+  assert all(loss != 99 for _, loss in run_losses(tmp_path))
+
+
+@pytest.fixture
+def start(experiment):
+  """Starts `python -m var_jax train` on a tokenizer in a process of its own, with one device."""
+  processes = []
+
+  def start(workdir):
+    environment = os.environ | {
+        'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1', 'PYTHONPATH': str(ROOT),
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+        'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    processes.append(subprocess.Popen(
+        [sys.executable, '-m', 'var_jax', 'train', f'--config={experiment}:tokenizer', f'--workdir={workdir}',
+         '--config.steps=40', '--config.checkpoint_every=10'], stderr=subprocess.PIPE, text=True, env=environment))
+    return processes[-1]
+
+  yield start
+  for process in processes:
+    process.kill()
+    process.wait()
+
+
+def saved_steps(workdir):
+  folder = workdir / 'checkpoints'
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+def stop_after(process, workdir, step, number):
+  """(exit status, stderr) of a process that gets a signal once it has saved a step."""
+  until = time.monotonic() + 120
+  while max(saved_steps(workdir), default=0) < step and process.poll() is None and time.monotonic() < until:
+    time.sleep(0.005)
+  process.send_signal(number)
+  errors = process.communicate(timeout=60)[1]
+  return process.returncode, errors
+
+
+def state_of(workdir):
+  """The final state in a workdir."""
+  checkpoints = Checkpoints(workdir)
+  state, _ = checkpoints.restore(_stage('tokenizer', ()).init(), one_device())
+  checkpoints.close()
+  return state
+
+
+def test_killed_run_equals_straight_run(start, tmp_path):
+  straight, killed = tmp_path / 'straight', tmp_path / 'killed'
+  errors = start(straight).communicate(timeout=180)[1]
+  assert saved_steps(straight)[-1] == 40, errors
+  status, errors = stop_after(start(killed), killed, 10, signal.SIGKILL)
+  assert status == -signal.SIGKILL and 10 in saved_steps(killed), errors
+  for number, step, expected in ((signal.SIGTERM, 20, 143), (signal.SIGINT, 30, 130)):
+    status, errors = stop_after(start(killed), killed, step, number)
+    assert status == expected, errors
+    stopped = int(re.search(r'stopped at step (\d+) and saved; the same command goes on from there', errors)[1])
+    assert step <= stopped < 40 and saved_steps(killed)[-1] == stopped and 'Traceback' not in errors
+  errors = start(killed).communicate(timeout=180)[1]
+  assert f'resuming from step {stopped} of 40' in errors and f'trained to step 40: {killed}' in errors
+  assert run_losses(killed) == run_losses(straight) and len(run_losses(straight)) == 40
+  assert differing(state_of(killed), state_of(straight)) == []
+
+
+def test_second_interrupt_stops_at_once(tmp_path):
+  stage = Line(1000)
+
+  def interrupt(state, batch):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    return {}
+
+  stage.pictures = interrupt
+  with pytest.raises(KeyboardInterrupt):
+    train_line(stage, tmp_path, pictures_every=2)
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
