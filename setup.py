@@ -2,6 +2,8 @@
 
 import setuptools
 
+TFDS = 'tensorflow-datasets>=4.9.7,<5'
+
 setuptools.setup(
     name='var_jax',
     version='0.1.0',
@@ -28,9 +30,9 @@ setuptools.setup(
         'tqdm>=4.66,<5',                 # progress bars
     ],
     extras_require={
-        'test': ['pytest>=8', 'pytest-xdist>=3.6'],  # xdist: compiling is most of a test, so use both cores
-        'tfds': ['tensorflow-datasets>=4.9.7,<5'],   # reading prepared ArrayRecord sets needs no TensorFlow
-        'tfds_prepare': ['tensorflow-datasets>=4.9.7,<5', 'tensorflow'],
+        'test': ['pytest>=8', 'pytest-xdist>=3.6', TFDS],  # xdist: compiling is most of a test, so use both cores
+        'tfds': [TFDS],   # reading prepared ArrayRecord sets needs no TensorFlow
+        'tfds_prepare': [TFDS, 'tensorflow'],
         'torch': ['torch'],                          # reading .pth files alone
         'tpu': ['jax[tpu]>=0.10,<0.11'],
         'cuda': ['jax[cuda12]>=0.10,<0.11'],
