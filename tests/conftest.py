@@ -21,3 +21,10 @@ if not jax.config.jax_compilation_cache_dir:
 @pytest.fixture(scope='module')
 def experiment(tmp_path_factory):
   return tiny_runs.write_experiment(tmp_path_factory.mktemp('experiments'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """Compiled programs take gigabytes by the end of the suite: each file leaves none behind."""
+  yield
+  jax.clear_caches()

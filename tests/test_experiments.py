@@ -1,12 +1,24 @@
-"""Every experiment's `runlocal` trains both stages, through the command line, on data of the kind that it is meant for."""
+"""Every experiment's `runlocal` trains both stages, through the command line, on data of the kind that it is meant for.
+
+All but the digits' are slow: minutes of compiling. `test_commands` reads every config in the fast suite.
+"""
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from var_jax.__main__ import main
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_well():
+  """These networks are large enough that running unoptimized programs takes longer than optimizing them."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +35,8 @@ def data(tmp_path_factory):
   return {'folder': root / 'folder', 'fashion_mnist': root / 'fashion.npz'}
 
 
-@pytest.mark.parametrize('name', ['digits', 'fashion_mnist', 'folder', 'imagenet256', 'imagenet512'])
+@pytest.mark.parametrize('name', [
+    'digits', *(pytest.param(name, marks=pytest.mark.slow) for name in ('fashion_mnist', 'folder', 'imagenet256', 'imagenet512'))])
 def test_runlocal_trains_both_stages(name, data, tmp_path):
   # eight virtual devices share a batch of eight; two steps show that the pieces fit
   common = ['--config.steps=2', '--config.batch_size=8', '--config.pictures_every=0', '--config.eval_every=2']
