@@ -10,7 +10,7 @@ setuptools.setup(
     description='Visual autoregressive modeling (VAR, arXiv 2404.02905) in JAX and Flax',
     python_requires='>=3.11',
     packages=setuptools.find_packages(include=['var_jax', 'var_jax.*']),
-    entry_points={'console_scripts': ['var-jax=var_jax.__main__:main']},
+    entry_points={'console_scripts': ['var-jax=var_jax.__main__:entry']},
     install_requires=[
         'absl-py>=2.1',                  # flags behind ml_collections' config overrides
         'array_record>=0.8.1,<0.9',      # the container of prepared tfds data

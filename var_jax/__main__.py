@@ -2,6 +2,8 @@
 
 import errno
 import importlib
+import os
+import signal
 import sys
 
 from var_jax.errors import UserError
@@ -45,5 +47,21 @@ def main(arguments=None):
     return 130
 
 
+def entry():
+  """The console script: `main`, and an exit that Ctrl-C can ask for at any moment."""
+
+  def stop(number, frame):
+    # Not by an exception: imports and compiling threads would swallow it, or crash while Python shuts down.
+    os.write(2, b'stopped\n')
+    os._exit(130)
+
+  signal.signal(signal.SIGINT, stop)
+  status = main()
+  if status == 130:
+    sys.stdout.flush()
+    os._exit(status)
+  sys.exit(status)
+
+
 if __name__ == '__main__':
-  sys.exit(main())
+  entry()

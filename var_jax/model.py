@@ -37,6 +37,10 @@ class Model:
     params = {'tokenizer': tokenizer_params} | ({'generator': generator_params} if generator else {})
     self._params = mesh_lib.put_state(params, self._mesh)
 
+  def __repr__(self):
+    kind = 'tokenizer' if self.generator is None else f'generator of depth {self.generator.depth}'
+    return f'Model({kind}, {"x".join(map(str, self.tokenizer.image_size))} px, {self.tokenizer.pyramid})'
+
   def sample(self, labels, seed=0, *, cfg=1.5, top_k=900, top_p=0.96, temperature=1.0, smooth=False, first=0,
              batch_size=64, progress=False):
     """Draws one image per label: `Samples`. Image i depends on (seed, first + i) and its label alone.
@@ -46,6 +50,8 @@ class Model:
     if self.generator is None:
       raise UserError('this workdir holds a tokenizer only: sample from the workdir of a generator')
     labels = self._check_labels(labels)
+    if not 0 <= seed < 2**32:
+      raise UserError(f'seed {seed} is out of range: use 0 or more, and at most {2**32 - 1}')
     _check_choices(cfg, top_k, top_p, temperature)
     draw = self._sampler(int(top_k), top_p > 0, bool(smooth))
     numbers = (jnp.float32(cfg), jnp.float32(top_p), jnp.float32(temperature))
@@ -101,6 +107,8 @@ class Model:
 
   def _check_labels(self, labels):
     labels, classes = np.atleast_1d(np.asarray(labels)), self.generator.classes
+    if not labels.size:
+      raise UserError('no labels: give at least one class number')
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
       raise UserError(f'labels must be whole numbers, not {labels.tolist()!r}')
     bad = labels[(labels < 0) | (labels >= classes)]
@@ -112,10 +120,16 @@ class Model:
     images, size = np.asarray(images), self.tokenizer.image_size
     if images.ndim != 4 or images.shape[1:] != (*size, 3):
       raise UserError(f'images must be (N, {size[0]}, {size[1]}, 3), not {images.shape}: resize them first')
-    return to_float(images) if images.dtype == np.uint8 else images.astype(np.float32)
+    if images.dtype == np.uint8:
+      return to_float(images)
+    if not np.all(np.abs(images) <= 1 + 1e-5):
+      raise UserError('images that are not uint8 must lie in [-1, 1]: scale them, or pass uint8')
+    return images.astype(np.float32)
 
   def _check_tokens(self, tokens):
     tokens, length, codes = np.asarray(tokens), self.tokenizer.pyramid.length, self.tokenizer.codes
+    if not np.issubdtype(tokens.dtype, np.integer):
+      raise UserError(f'tokens must be whole numbers, not {tokens.dtype}')
     if tokens.ndim != 2 or tokens.shape[1] != length:
       raise UserError(f'tokens must be (N, {length}), not {tokens.shape}')
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < codes:
@@ -124,8 +138,8 @@ class Model:
 
 
 def _check_choices(cfg, top_k, top_p, temperature):
-  if not np.isfinite(cfg):
-    raise UserError(f'cfg {cfg} is not a number: 0 is without guidance, 1.5 is usual')
+  if not 0 <= cfg <= 100:
+    raise UserError(f'cfg {cfg} is not between 0 (no guidance) and 100; 1.5 is usual')
   if top_k < 0:
     raise UserError(f'top_k {top_k} is negative: use 0 to turn it off')
   if not 0 <= top_p <= 1:

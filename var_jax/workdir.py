@@ -1,5 +1,7 @@
 """Workdirs: `config.json`, `checkpoints/` and, in a generator's, a copy of its tokenizer. The one way to load a model."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import pathlib
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from var_jax.errors import UserError
+from var_jax.errors import UserError, note
 from var_jax.generator.transformer import Generator
 from var_jax.pyramid import Pyramid
 from var_jax.tokenizer.tokenizer import Tokenizer
@@ -44,16 +46,37 @@ def read_config(workdir):
 
 
 def check_config(workdir, config):
-  """Raises UserError when the workdir holds a run with other settings that matter."""
+  """Notes on what changes when a run goes on. UserError when it has other settings of the kind that must not change."""
   if not (pathlib.Path(workdir) / 'config.json').exists():
-    return
+    return []
   old, new = _flat(read_config(workdir).to_dict()), _flat(json.loads(config.to_json()))
-  changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k not in RUN_ONLY)
+  differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+  changed = [k for k in differing if k not in RUN_ONLY]
   if changed:
     name = changed[0]
     raise UserError(
         f'{workdir} holds a run with other settings ({", ".join(changed[:4])}; {name} is {old.get(name)!r} there, '
         f'{new.get(name)!r} here): use another --workdir, or the same settings')
+  return [f'{k} is now {new[k]!r}, it was {old.get(k)!r}' for k in differing]
+
+
+@contextlib.contextmanager
+def training_alone(workdir):
+  """Holds the workdir's lock. UserError when another process of this machine trains in it."""
+  path = pathlib.Path(workdir) / '.lock'
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open('a')
+  except OSError as error:
+    raise UserError(f'cannot write to {workdir} ({error.strerror}): choose another --workdir, or free some space') from None
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(f'another process is training in {workdir}: wait for it, stop it, or use another --workdir') from None
+    except OSError:
+      pass  # a file system without locks
+    yield
 
 
 def write_config(workdir, config):
@@ -86,6 +109,8 @@ def make_tokenizer(config):
   fields = dict(config.model)
   fields['ch_mult'] = tuple(fields['ch_mult'])
   tokenizer = Tokenizer(Pyramid.of(fields.pop('scales')), **fields, dtype=activation_dtype(config))
+  if len(config.image_size) != 2 or min(config.image_size) < 1:
+    raise UserError(f'image_size is {tuple(config.image_size)}: give height and width, such as {tokenizer.image_size}')
   if tokenizer.image_size != tuple(config.image_size):
     height, width = (side / tokenizer.stride for side in config.image_size)
     raise UserError(
@@ -110,7 +135,7 @@ def _shapes(module, *inputs):
   return jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
 
 
-def load_tokenizer(workdir, say=print):
+def load_tokenizer(workdir, say=note):
   """(Tokenizer, parameters) of a tokenizer's workdir, or of the copy in a generator's."""
   config = read_config(workdir)
   if config.stage == 'generator':
@@ -120,7 +145,7 @@ def load_tokenizer(workdir, say=print):
   return tokenizer, _load_params(workdir, shapes, say)[0]
 
 
-def load_generator(workdir, say=print):
+def load_generator(workdir, say=note):
   """(Generator, parameters, Tokenizer, its parameters). UserError when the tokenizer is not the one trained with."""
   config = read_config(workdir)
   if config.stage != 'generator':
@@ -149,7 +174,7 @@ def _load_params(workdir, shapes, say):
   return params, metadata
 
 
-def find_tokenizer(workdir, source, say=print):
+def find_tokenizer(workdir, source, say=note):
   """(its workdir, Tokenizer, parameters): the copy in a generator's workdir, or that in `source` at the first start.
 
   UserError when there is none, or when `source` is another than the copy.

@@ -61,7 +61,8 @@ def _explain(error, file):
   if isinstance(cause, UserError):
     return str(cause)
   if isinstance(error, (absl.flags.Error, AttributeError, KeyError, TypeError)) and 'Traceback' not in str(error):
-    return ' '.join(str(error).strip('\'"').split())[:300]
+    text = error.args[0] if error.args else error  # str() of a KeyError is quoted and escaped
+    return ' '.join(str(text).split())[:300]
   return f'{file} fails with {type(cause).__name__}: {" ".join(str(cause).split())[:200]}'
 
 

@@ -32,7 +32,7 @@ def main(arguments):
   labels = np.resize(labels, options.num or len(labels))
   samples = model.sample(
       labels, options.seed, batch_size=options.batch_size, progress=True, **flags.choices(options))
-  columns = len(options.labels or labels)  # labels come in turn: a column each
+  columns = min(len(options.labels or labels), len(labels))  # labels come in turn: a column each
   picture = pictures.sheet(samples.images, columns if columns <= 20 else 0)
   output.save(options.out, samples.images, picture, labels=samples.labels, tokens=samples.tokens)
   print(f'{len(labels)} images in {pathlib.Path(options.out)}')

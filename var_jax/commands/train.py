@@ -1,10 +1,8 @@
 """`var-jax train`: any stage of any experiment; resumes by itself."""
 
-import sys
-
 from var_jax import workdir as workdir_lib
 from var_jax.commands import flags
-from var_jax.errors import UserError
+from var_jax.errors import UserError, note
 
 EXAMPLE = 'var-jax train --config=experiments/digits.py:tokenizer --workdir=runs/digits/tokenizer --config.batch_size=64'
 
@@ -27,29 +25,36 @@ def run(config, workdir):
   Everything that can be refused is refused before anything is written.
   """
   from var_jax.data.sources import open_source
-  from var_jax.training import loop
-  from var_jax.training.checkpoint import Checkpoints
 
-  say = lambda text: print(text, file=sys.stderr, flush=True)
   check(config)
   sources = [open_source(config.data.source, config.data.path, split) for split in ('train', 'validation')]
   if config.stage == 'generator':
     _set_classes(config, sources[0])
-  workdir_lib.check_config(workdir, config)
+  changed = workdir_lib.check_config(workdir, config)
   steps = config.steps or max(1, round(config.epochs * len(sources[0]) / config.batch_size))
-  stage, keep_tokenizer = make_stage(config, workdir, steps, say)
-  checkpoints = Checkpoints(workdir, config.keep, say)
+  stage, keep_tokenizer = make_stage(config, workdir, steps)
+  with workdir_lib.training_alone(workdir):
+    return _train(stage, config, sources, workdir, keep_tokenizer, changed)
+
+
+def _train(stage, config, sources, workdir, keep_tokenizer, changed):
+  from var_jax.training import loop
+  from var_jax.training.checkpoint import Checkpoints
+
+  checkpoints = Checkpoints(workdir, config.keep, clean=True)
   try:
     stage.check_metadata(checkpoints.newest_metadata())
     workdir_lib.write_config(workdir, config)
     keep_tokenizer()
-    loop.train(stage, config, *sources, checkpoints, workdir, say=say)
+    for change in changed:
+      note(change)
+    loop.train(stage, config, *sources, checkpoints, workdir)
   except loop.Interrupted as stop:
-    say(str(stop))
+    note(str(stop))
     return 128 + stop.signal_number
   finally:
     checkpoints.close()
-  say(f'trained to step {stage.steps}: {workdir}')
+  note(f'trained to step {stage.steps}: {workdir}')
   return 0
 
 
@@ -79,6 +84,8 @@ def check(config):
     raise UserError(f'there is no schedule {config.optimizer.schedule!r}: use one of {", ".join(SCHEDULES)}')
   if not config.steps and not config.epochs:
     raise UserError('the run has no length: set --config.steps=N or --config.epochs=N')
+  if not config.optimizer.peak_lr > 0:
+    raise UserError(f'optimizer.peak_lr is {config.optimizer.peak_lr}: it must be above 0')
   mesh.check_batch(config.batch_size, mesh.make_mesh(), config.accumulate)
 
 
@@ -98,7 +105,7 @@ def _set_classes(config, source):
     raise UserError(f'model.classes is {config.model.classes}, but the data has {source.num_classes} classes: set it to 0')
 
 
-def make_stage(config, workdir, steps, say):
+def make_stage(config, workdir, steps):
   """(stage, what puts its tokenizer's copy into the workdir)."""
   if config.stage == 'tokenizer':
     from var_jax.stages.tokenizer import TokenizerStage
@@ -106,7 +113,7 @@ def make_stage(config, workdir, steps, say):
     return TokenizerStage(config, workdir_lib.make_tokenizer(config), steps), lambda: None
   from var_jax.stages.generator import GeneratorStage
 
-  place, tokenizer, params = workdir_lib.find_tokenizer(workdir, config.tokenizer, say)
+  place, tokenizer, params = workdir_lib.find_tokenizer(workdir, config.tokenizer)
   generator = workdir_lib.make_generator(config, tokenizer)
   stage = GeneratorStage(config, generator, tokenizer, params, workdir_lib.fingerprint(params), steps)
   return stage, lambda: workdir_lib.keep_tokenizer(workdir, place, params)

@@ -34,12 +34,14 @@ def open_source(kind, path=None, split='train'):
   if split not in SPLITS:
     raise UserError(f'unknown split {split!r}: use train or validation')
   if kind == 'digits':
+    if path:
+      raise UserError(f'the digits need no path, but {str(path)!r} was given: leave it out, or choose another source')
     return kinds[kind](split)
   if not path or not os.path.exists(path):
-    hint = 'give the path of the data'
+    hint = 'give it with --config.data.path=PATH'
     if path and 'fashion-mnist' in str(path):
       hint = 'on Debian or Ubuntu, run `apt-get install dataset-fashion-mnist`'
-    raise UserError(f'no data at {str(path or "")!r} for kind {kind!r}: {hint}')
+    raise UserError(f'no data at {str(path or "")!r} for the source {kind!r}: {hint}')
   return kinds[kind](str(path), split)
 
 

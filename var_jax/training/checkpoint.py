@@ -12,7 +12,7 @@ import warnings
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from var_jax.errors import UserError
+from var_jax.errors import UserError, note
 
 
 def _abstract(tree, sharding):
@@ -47,16 +47,16 @@ def _quiet():
 
 
 class Checkpoints:
-  """The checkpoints of one workdir. `say` receives one-line notes for the user."""
+  """The checkpoints of one workdir. `say` receives one-line notes for the user; clean: remove half-written ones."""
 
-  def __init__(self, workdir, keep=2, say=print):
+  def __init__(self, workdir, keep=2, say=note, clean=False):
     self.folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self.say = say
     self._unreadable = set()
     policy = ocp.training.preservation_policies.LatestN(keep)
     try:
       with _quiet():
-        self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policy, cleanup_tmp_directories=True)
+        self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policy, cleanup_tmp_directories=clean)
     except OSError as error:
       raise UserError(f'cannot write to {workdir} ({error.strerror}): choose another --workdir') from None
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from var_jax.data import pipeline
-from var_jax.errors import UserError
+from var_jax.errors import UserError, note
 from var_jax.training import mesh as mesh_lib
 from var_jax.training import metrics as metrics_lib
 
@@ -42,7 +42,7 @@ def _stop_requests():
       signal.signal(number, handler)
 
 
-def train(stage, config, source, validation, checkpoints, workdir, *, say=print):
+def train(stage, config, source, validation, checkpoints, workdir, *, say=note):
   """Trains a stage to its last step, resuming from the newest checkpoint. Returns the final state.
 
   stage: init(), train_step(state, batch) -> (state, metrics), eval_step(state, batch) -> sums over images,
