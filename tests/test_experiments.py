@@ -36,7 +36,8 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', [
-    'digits', *(pytest.param(name, marks=pytest.mark.slow) for name in ('fashion_mnist', 'folder', 'imagenet256', 'imagenet512'))])
+    'digits', *(pytest.param(name, marks=pytest.mark.slow)
+                for name in ('fashion_mnist', 'folder', 'imagenet256', 'imagenet512'))])
 def test_runlocal_trains_both_stages(name, data, tmp_path):
   # eight virtual devices share a batch of eight; two steps show that the pieces fit
   common = ['--config.steps=2', '--config.batch_size=8', '--config.pictures_every=0', '--config.eval_every=2']

@@ -143,7 +143,7 @@ def run_locally(config, **changes):
 
 
 def on_imagenet(config, runlocal):
-  """Points a config at ImageNet; runlocal: small networks of the same make on the embedded digits, enlarged to 64 px."""
+  """Points a config at ImageNet; runlocal: small networks of the same make on the digits, enlarged to 64 px."""
   config.data.source = 'tfds'
   config.update(eval_every=5000, eval_images=10000, pictures_every=5000, checkpoint_every=2500)
   if not runlocal:

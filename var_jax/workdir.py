@@ -1,4 +1,4 @@
-"""Workdirs: `config.json`, `checkpoints/` and, in a generator's, a copy of its tokenizer. The one way to load a model."""
+"""Workdirs: `config.json`, `checkpoints/` and, in a generator's, its tokenizer's copy. The one way to load a model."""
 
 import contextlib
 import fcntl
@@ -40,7 +40,7 @@ def read_config(workdir):
       raise ValueError('it is not the config of a tokenizer or generator')
     return ml_collections.ConfigDict(settings).lock()
   except (FileNotFoundError, NotADirectoryError):
-    raise UserError(f'{workdir} is not a workdir, it has no config.json: give the --workdir of a training run') from None
+    raise UserError(f'{workdir} is no workdir, it has no config.json: give the --workdir of a training run') from None
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} cannot be used ({error}): restore it from a copy') from None
 
@@ -68,12 +68,12 @@ def training_alone(workdir):
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open('a')
   except OSError as error:
-    raise UserError(f'cannot write to {workdir} ({error.strerror}): choose another --workdir, or free some space') from None
+    raise _cannot_write(workdir, error) from None
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise UserError(f'another process is training in {workdir}: wait for it, stop it, or use another --workdir') from None
+      raise UserError(f'another process is training in {workdir}: wait for it, stop it, or use another one') from None
     except OSError:
       pass  # a file system without locks
     yield
@@ -88,7 +88,11 @@ def write_config(workdir, config):
     temporary.write_text(json.dumps(json.loads(config.to_json()), indent=2) + '\n')
     temporary.replace(path)
   except OSError as error:
-    raise UserError(f'cannot write to {workdir} ({error.strerror}): choose another --workdir, or free some space') from None
+    raise _cannot_write(workdir, error) from None
+
+
+def _cannot_write(workdir, error):
+  return UserError(f'cannot write to {workdir} ({error.strerror}): choose another --workdir, or free some space')
 
 
 def _flat(tree, prefix=''):

@@ -61,8 +61,10 @@ def _explain(error, file):
   if isinstance(cause, UserError):
     return str(cause)
   if isinstance(error, (absl.flags.Error, AttributeError, KeyError, TypeError)) and 'Traceback' not in str(error):
-    text = error.args[0] if error.args else error  # str() of a KeyError is quoted and escaped
-    return ' '.join(str(text).split())[:300]
+    text = ' '.join(str(error).replace('\\n', ' ').replace('\\', '').split())
+    if isinstance(error, (AttributeError, KeyError)):  # ml_collections quotes these twice
+      text = 'no such setting: ' + text.replace("'", '').strip('"')
+    return text[:300]
   return f'{file} fails with {type(cause).__name__}: {" ".join(str(cause).split())[:200]}'
 
 

@@ -54,4 +54,5 @@ def _whole(path, write):
     part.replace(path)
   except OSError as error:
     part.unlink(missing_ok=True)
-    raise UserError(f'could not write {path} ({error.strerror or error}): free some space or choose another --out') from None
+    reason = error.strerror or error
+    raise UserError(f'could not write {path} ({reason}): free some space or choose another --out') from None

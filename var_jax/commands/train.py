@@ -4,7 +4,7 @@ from var_jax import workdir as workdir_lib
 from var_jax.commands import flags
 from var_jax.errors import UserError, note
 
-EXAMPLE = 'var-jax train --config=experiments/digits.py:tokenizer --workdir=runs/digits/tokenizer --config.batch_size=64'
+EXAMPLE = 'var-jax train --config=experiments/digits.py:tokenizer --workdir=runs/digits/tokenizer --config.seed=1'
 
 
 def main(arguments):
@@ -63,7 +63,8 @@ LIMITS = {  # setting: (least, most) of what a run can use
     'ema': (0, 0.9999999), 'keep': (1, None), 'max_skipped_in_row': (1, None), 'log_every': (0, None),
     'eval_every': (0, None), 'eval_images': (0, None), 'pictures_every': (0, None), 'checkpoint_every': (0, None),
     'data.enlarge': (1, None), 'data.workers': (0, None), 'optimizer.warmup': (0, 1), 'label_drop': (0, 1),
-    'label_smoothing': (0, 1), 'drop_path': (0, 0.99), 'codebook.scale_dropout': (0, 1), 'codebook.restart_every': (0, None),
+    'label_smoothing': (0, 1), 'drop_path': (0, 0.99), 'codebook.scale_dropout': (0, 1),
+    'codebook.restart_every': (0, None),
     'codebook.restart_after': (1, None), 'model.codes': (1, None), 'model.channels': (1, None), 'model.ch': (1, None),
     'model.res_blocks': (0, None), 'model.groups': (1, None), 'model.phi_layers': (0, None), 'model.depth': (1, None),
     'model.width': (0, None), 'model.heads': (0, None), 'model.classes': (0, None), 'progressive.end': (0, 1),
@@ -102,7 +103,8 @@ def _set_classes(config, source):
   """Writes into the config how many classes the data has, unless it says so itself."""
   config.model.classes = config.model.classes or source.num_classes
   if config.model.classes < source.num_classes:
-    raise UserError(f'model.classes is {config.model.classes}, but the data has {source.num_classes} classes: set it to 0')
+    raise UserError(
+        f'model.classes is {config.model.classes}, but the data has {source.num_classes} classes: set it to 0')
 
 
 def make_stage(config, workdir, steps):

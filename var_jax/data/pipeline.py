@@ -193,11 +193,12 @@ class _EvalElement(grain.transforms.Map):
 
 def _readable(source, index, size, enlarge, rng=None, flip=False):
   """Element of source[index], or of the next readable image; 'skipped' is then index + 1, else 0."""
+  first = None
   for step in range(min(MAX_IN_A_ROW, len(source))):
     try:
       image, label = _prepare(source, (index + step) % len(source), size, enlarge, rng, flip)
     except UnreadableImage as error:
-      first = error if step == 0 else first
+      first = first or error
     else:
       return {'image': image, 'label': np.int32(label), 'skipped': np.int32(index + 1 if step else 0)}
   raise UserError(f'{step + 1} images in a row are unreadable from number {index} on; the first: {first}')

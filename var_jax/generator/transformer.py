@@ -222,7 +222,7 @@ class Generator(nn.Module):
 
 
 def drop_path_factors(key, depth, batch, rate):
-  """(depth, 2, batch) factors of the residual branches: 0 where dropped, else 1/(1-rate); rate rises linearly to `rate`."""
+  """(depth, 2, batch) factors of the residual branches: 0 where dropped, else 1/(1-rate), rising linearly to `rate`."""
   rates_N = jnp.linspace(0, rate, depth)[:, None, None]
   kept = jax.random.bernoulli(key, 1 - rates_N, (depth, 2, batch))
   return kept / (1 - rates_N)

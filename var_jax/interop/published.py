@@ -123,7 +123,7 @@ def _take(tensors, name, layout, shape):
 def _refuse_extra(tensors, used):
   extra = sorted(name for name in tensors if name not in used and not BUFFERS.search(name))
   if extra:
-    raise UserError(f'the checkpoint holds {len(extra)} tensors that the network has no place for, the first: {extra[0]}')
+    raise UserError(f'the checkpoint holds {len(extra)} tensors that the network has no place for: {extra[0]}, …')
 
 
 def import_tokenizer(tensors, params, *, phi_layers, scales, phi_each=None):

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from var_jax import pictures
 from var_jax.data.images import to_uint8

@@ -27,7 +27,7 @@ class TokenizerStage:
     self.discriminator = PatchDiscriminator(config.loss.discriminator_ch, dtype=tokenizer.dtype)
     self.discriminator_optimizer = optimizer_lib.adamw(config.loss.discriminator_lr, betas=(0.5, 0.9), clip=1.0)
     if config.loss.lpips and not config.loss.lpips_weights:
-      raise UserError('loss.lpips needs the VGG16 weights: set --config.loss.lpips_weights=FILE, or --config.loss.lpips=0')
+      raise UserError('loss.lpips needs VGG16 weights: set --config.loss.lpips_weights=FILE, or --config.loss.lpips=0')
     self.lpips_params = lpips.load(config.loss.lpips_weights) if config.loss.lpips else None
 
   def init(self):
@@ -78,7 +78,8 @@ class TokenizerStage:
       (total, metrics), gradient = jax.value_and_grad(image_loss, has_aux=True)(drawn)
       discriminator_loss = 0.0
     else:
-      gradient, total, metrics, discriminator_loss = self._adversarial(params['discriminator'], images, drawn, step, image_loss)
+      gradient, total, metrics, discriminator_loss = self._adversarial(
+          params['discriminator'], images, drawn, step, image_loss)
     quantizer_loss = weights.quantizer * out.quantized.loss
     surrogate = jnp.sum(gradient * out.image_BxHxWx3) + quantizer_loss + discriminator_loss
     return surrogate, metrics | {

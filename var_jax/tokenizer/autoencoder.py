@@ -13,14 +13,15 @@ import jax.numpy as jnp
 
 
 class Norm(nn.Module):
-  """Group norm, computed in float32 and returned in x's dtype. groups: at most, the channels' common divisor with it."""
+  """Group norm, computed in float32 and returned in x's dtype, with the channels' common divisor with `groups`."""
 
   groups: int = 32
 
   @nn.compact
   def __call__(self, x):
     groups = math.gcd(self.groups, x.shape[-1])
-    return nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name='norm')(x).astype(x.dtype)
+    norm = nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name='norm')
+    return norm(x).astype(x.dtype)
 
 
 def conv(features, size, dtype, name, **options):
@@ -122,7 +123,8 @@ class Decoder(nn.Module):
     x = Middle(x.shape[-1], self.dropout, self.groups, self.dtype, name='mid')(x, train)
     for level in reversed(range(len(self.ch_mult))):
       for i in range(self.res_blocks + 1):
-        x = ResBlock(self.ch * self.ch_mult[level], self.dropout, self.groups, self.dtype, name=f'up_{level}_block_{i}')(x, train)
+        features = self.ch * self.ch_mult[level]
+        x = ResBlock(features, self.dropout, self.groups, self.dtype, name=f'up_{level}_block_{i}')(x, train)
         if level == last:
           x = AttnBlock(self.groups, self.dtype, name=f'up_{level}_attn_{i}')(x)
       if level > 0:

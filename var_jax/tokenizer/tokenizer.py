@@ -64,8 +64,8 @@ class Tokenizer(nn.Module):
     if image_BxHxWx3.shape[1:3] != self.image_size:
       height, width = image_BxHxWx3.shape[1:3]
       raise UserError(
-          f'an image of {height}x{width} pixels has a latent of {height / self.stride:g}x{width / self.stride:g}, but the '
-          f'last scale is {self.pyramid.last[0]}x{self.pyramid.last[1]}: set the size to '
+          f'an image of {height}x{width} pixels has a latent of {height / self.stride:g}x{width / self.stride:g}, but '
+          f'the last scale is {self.pyramid.last[0]}x{self.pyramid.last[1]}: set the size to '
           f'{self.image_size[0]}x{self.image_size[1]} or end the scales with the latent\'s size')
     return self.quant_conv(self.encoder(image_BxHxWx3, train)).astype(jnp.float32)
 

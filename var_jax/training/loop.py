@@ -69,7 +69,7 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note):
       batches.close()
       writer.close()
       if batches.skipped:
-        say(f'{batches.skipped} of {batches.drawn} images drawn could not be read and were replaced by their neighbours')
+        say(f'{batches.skipped} of {batches.drawn} images drawn could not be read; their neighbours took their places')
 
 
 def _data_options(config, stage):

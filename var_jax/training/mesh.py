@@ -1,4 +1,4 @@
-"""The device mesh, and where arrays live on it: batches are split over its `data` axis, everything else is replicated."""
+"""The device mesh, and where arrays live on it: batches are split over its `data` axis, all else is replicated."""
 
 import jax
 import numpy as np

@@ -13,7 +13,7 @@ from PIL import Image
 
 
 class Writer:
-  """Appends to `WORKDIR/metrics.jsonl` and to TensorBoard events. Lines after `step` (of a lost stretch) are dropped."""
+  """Appends to `WORKDIR/metrics.jsonl` and TensorBoard events. Lines after `step`, of a lost stretch, are dropped."""
 
   def __init__(self, workdir, step):
     self.path = pathlib.Path(workdir) / 'metrics.jsonl'
