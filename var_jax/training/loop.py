@@ -118,9 +118,8 @@ def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar
     state, metrics = train_step(state, batch)
     fetch()
     if pending is not None:
-      bar.set_postfix_str(
-          f'loss {float(pending["loss"]):.4f}, {(bar.format_dict["rate"] or 0) * config.batch_size:.0f} images/s',
-          refresh=False)
+      rate = (step - start) * config.batch_size / bar.format_dict['elapsed']
+      bar.set_postfix_str(f'loss {float(pending["loss"]):.4f}, {rate:.0f} images/s', refresh=False)
     pending, step = metrics, step + 1
     bar.update()
 
