@@ -89,7 +89,6 @@ def generator(depth=16):
   """Defaults of the generator stage: the published recipe of that depth."""
   config = _common('generator')
   config.tokenizer = ''      # the workdir of the tokenizer to use
-  config.data.enlarge = 1.125
   config.model = dict(
       depth=depth,
       width=0,               # 0: 64·depth

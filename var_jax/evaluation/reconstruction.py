@@ -4,13 +4,13 @@ import numpy as np
 
 from var_jax.data import pipeline
 from var_jax.data.sources import open_source
+from var_jax.tokenizer.losses import codebook_use
 
 
 def figures(model, config, batch_size=64):
   """{name: number}: mean PSNR in dB, mean absolute error in 0..255, and per scale the share of codes in use.
 
-  A code is in use at a scale when at least one token of the validation images is that code; perplexity is the
-  exponential of the entropy of the code frequencies, in codes.
+  See `codebook_use`, here over all validation images.
   """
   source = open_source(config.data.source, config.data.path, 'validation')
   pyramid = model.tokenizer.pyramid
@@ -30,7 +30,6 @@ def figures(model, config, batch_size=64):
   batches.close()
   result = {'images': len(psnr), 'psnr': float(np.mean(psnr)), 'absolute_error': float(np.mean(error))}
   for (height, width), counts_V in zip(pyramid.scales, counts_KxV):
-    share_V = counts_V / counts_V.sum()
-    result[f'usage_{height}x{width}'] = float(np.mean(counts_V > 0))
-    result[f'perplexity_{height}x{width}'] = float(np.exp(-np.sum(share_V * np.log(np.maximum(share_V, 1e-12)))))
+    size = f'{height}x{width}'
+    result[f'usage_{size}'], result[f'perplexity_{size}'] = codebook_use(counts_V)
   return result

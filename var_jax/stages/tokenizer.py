@@ -163,9 +163,7 @@ class TokenizerStage:
     """Scalars from the sums of all batches. usage: share of the codes seen at a scale; perplexity in codes."""
     scalars = {name: sums[name] / sums['images'] for name in sums if name not in ('images', 'counts_KxV')}
     for k, counts_V in enumerate(sums['counts_KxV']):
-      share_V = counts_V / counts_V.sum()
-      scalars[f'usage/scale_{k}'] = np.mean(counts_V > 0)
-      scalars[f'perplexity/scale_{k}'] = np.exp(-np.sum(share_V * np.log(np.maximum(share_V, 1e-12))))
+      scalars[f'usage/scale_{k}'], scalars[f'perplexity/scale_{k}'] = losses.codebook_use(counts_V)
     scalars['usage'] = np.mean(sums['counts_KxV'].sum(0) > 0)
     return scalars
 

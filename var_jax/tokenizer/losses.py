@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def hinge(real_logits, fake_logits):
@@ -27,3 +28,12 @@ def psnr(image_BxHxWx3, other_BxHxWx3):
   """(B,) peak signal-to-noise ratio in dB of images in [-1, 1]."""
   mean_square = jnp.mean((image_BxHxWx3 - other_BxHxWx3) ** 2, axis=(1, 2, 3))
   return 10 * jnp.log10(4 / jnp.maximum(mean_square, 1e-10))
+
+
+def codebook_use(counts_V):
+  """(usage, perplexity) of one scale, from how often each code occurred.
+
+  Usage is the share of codes that occurred; perplexity, in codes, the exponential of the entropy of their frequencies.
+  """
+  share_V = counts_V / counts_V.sum()
+  return float(np.mean(counts_V > 0)), float(np.exp(-np.sum(share_V * np.log(np.maximum(share_V, 1e-12)))))
