@@ -27,7 +27,7 @@ def _tokenizer():
 
 def _generator(depth):
   config = configs.generator(depth)
-  config.update(batch_size=128, steps=600, ema=0.99)
+  config.update(batch_size=128, steps=450, ema=0.99)
   config.optimizer.update(peak_lr=1e-3)
   config.model.update(width=128, heads=4)
   config.sample.update(cfg=1.5, top_k=0, top_p=0.96)

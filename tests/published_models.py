@@ -6,6 +6,7 @@ import golden_files
 import jax
 import jax.numpy as jnp
 
+from var_jax import workdir
 from var_jax.generator.transformer import Generator
 from var_jax.interop import published
 from var_jax.pyramid import Pyramid
@@ -18,8 +19,8 @@ def tokenizer():
   config, tensors = golden_files.weights('vae')
   pyramid = Pyramid.of(config['patch_nums'])
   model = Tokenizer(pyramid, config['vocab_size'], config['z_channels'], config['ch'], tuple(config['ch_mult']))
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))['params']
-  params = published.import_tokenizer(tensors, shapes, phi_layers=4, scales=len(pyramid))
+  shapes = workdir.tokenizer_shapes(model)
+  params = published.from_published(tensors, published.tokenizer_names(shapes), shapes, 'the tokenizer')
   return model, jax.tree.map(jnp.asarray, params)
 
 
@@ -31,9 +32,8 @@ def generator(name='var'):
   model = Generator(
       pyramid, 64, 16, config['num_classes'], config['depth'], config['embed_dim'], config['num_heads'],
       normalize_qk=config['attn_l2_norm'], shared_adaln=config['shared_aln'])
-  teacher = jnp.zeros((1, pyramid.length - 1, 16))
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(1, int), teacher)['params']
-  params = published.import_generator(tensors, shapes, depth=config['depth'])
+  shapes = workdir.generator_shapes(model)
+  params = published.from_published(tensors, published.generator_names(shapes), shapes, 'the generator')
   return model, jax.tree.map(jnp.asarray, params)
 
 

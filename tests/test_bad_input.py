@@ -168,8 +168,6 @@ COMMAND_LINES = {
         'nope.png', ['reconstruct', '--workdir={tok}', '--images={tmp}/nope.png', '--out={out}']),
     'reconstruct_text': ('text.png', ['reconstruct', '--workdir={tok}', '--images={tmp}/text.png', '--out={out}']),
     'reconstruct_folder': ('directory|folder', ['reconstruct', '--workdir={tok}', '--images={tmp}', '--out={out}']),
-    'reconstruct_into_a_folder': (
-        '--out', ['reconstruct', '--workdir={tok}', '--images={tmp}/a.png', '--out={tmp}/many']),
     'reconstruct_no_workdir': (
         'config.json', ['reconstruct', '--workdir={tmp}', '--images={tmp}/a.png', '--out={out}']),
 }

@@ -1,7 +1,5 @@
 """The optimizer: the published schedules and step, and steps without finite gradients."""
 
-import functools
-import re
 
 import golden_files
 import jax
@@ -30,13 +28,9 @@ def test_schedules_match_published_implementation(kind):
   np.testing.assert_allclose([ours(i) for i in iteration], decay, rtol=1e-4)
 
 
-def ours_of(params, name):
-  """(a published tensor's part of our parameters, its layout): our blocks are stacked along a leading axis."""
-  if match := re.fullmatch(r'blocks\.(\d+)\.(.+)', name):
-    path, layout = published._BLOCK[match[2]]
-    return functools.reduce(lambda tree, key: tree[key], ('blocks', *path), params)[int(match[1])], layout
-  path, layout = published._OUTSIDE[name]
-  return functools.reduce(lambda tree, key: tree[key], path, params), layout
+def in_torch(params):
+  """{published name: array} of our parameters, which stack the blocks."""
+  return published.to_published(params, published.generator_names(params))
 
 
 def named(golden, prefix):
@@ -68,8 +62,9 @@ def test_losses_and_gradients_match_published_implementation(published_step):
   assert_close(optax.tree.norm(grads), golden['grad_norm'])
   norms = named(golden, 'gradnorm/')
   assert len(norms) == 46
-  for name, norm in norms.items():
-    assert_close(np.linalg.norm(ours_of(grads, name)[0]), norm)
+  assert norms.keys() == in_torch(grads).keys()
+  for name, grad in in_torch(grads).items():
+    assert_close(np.linalg.norm(grad), norms[name])
 
 
 def test_optimizer_step_matches_published_implementation(published_step):
@@ -79,19 +74,18 @@ def test_optimizer_step_matches_published_implementation(published_step):
   assert_close(metrics['gradient_norm'], golden['grad_norm'])
   norms = named(golden, 'update_norm/')
   assert len(norms) == 46
+  old, new = in_torch(params), in_torch(state.params)
   for name, norm in norms.items():
-    (old, _), (new, _) = ours_of(params, name), ours_of(state.params, name)
-    np.testing.assert_allclose(np.linalg.norm(np.float64(new) - np.float64(old)), norm, rtol=2e-4, err_msg=name)
+    update = np.float64(new[name]) - np.float64(old[name])
+    np.testing.assert_allclose(np.linalg.norm(update), norm, rtol=2e-4, err_msg=name)
   for name, value in named(golden, 'updated/').items():
-    new, layout = ours_of(state.params, name)
-    assert_close(new, layout(value), rtol=1e-5)
+    assert_close(new[name], value, rtol=1e-5)
 
 
 def test_weight_decay_holds_the_published_tensors_alone(published_step):
   golden, params, *_ = published_step
   decayed = jax.tree_util.tree_map_with_path(lambda path, x: np.full(len(x), optimizer_lib.is_decayed(path, x)), params)
-  names = named(golden, 'gradnorm/')
-  assert {name for name in names if np.all(ours_of(decayed, name)[0])} == set(golden['decayed'])
+  assert {name for name, whole in in_torch(decayed).items() if np.all(whole)} == set(golden['decayed'])
 
 
 

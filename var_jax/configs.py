@@ -24,6 +24,8 @@ def _common(stage):
       steps=0,               # 0: from epochs
       epochs=0.0,
       dtype='float32',       # of activations: float32 or bfloat16; parameters and sums stay float32
+      start_from='',         # a workdir whose parameters the run begins with, adapted to other classes and scales
+      freeze='',             # parameters that stay as they are: patterns such as 'word_embed/*,blocks/attention/*'
       ema=0.0,               # decay of the average of the parameters; 0 for none
       max_skipped_in_row=20, # give up after so many steps without finite gradients
       log_every=50,          # steps between lines in metrics.jsonl

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
+from var_jax import progress
 from var_jax import workdir as workdir_lib
 from var_jax.data.images import to_float, to_uint8
 from var_jax.errors import UserError
@@ -27,15 +27,14 @@ class Samples(NamedTuple):
 class Model:
   """What a workdir holds. A tokenizer's workdir encodes and decodes; a generator's samples as well.
 
-  Work is done in batches of a fixed size over all devices; the last one is filled up, so that a picture does not depend
-  on how many are asked for.
+  Work is done in batches of one size over all devices; the last one is filled up.
   """
 
   def __init__(self, tokenizer, tokenizer_params, generator=None, generator_params=None):
     self.tokenizer, self.generator = tokenizer, generator
     self._mesh = mesh_lib.make_mesh(jax.local_devices())
     params = {'tokenizer': tokenizer_params} | ({'generator': generator_params} if generator else {})
-    self._params = mesh_lib.put_state(params, self._mesh)
+    self.params = mesh_lib.put_state(params, self._mesh)
 
   def __repr__(self):
     kind = 'tokenizer' if self.generator is None else f'generator of depth {self.generator.depth}'
@@ -47,17 +46,31 @@ class Model:
 
     labels: N class numbers; top_k, top_p: 0 turns the filter off. UserError for a label or value out of range.
     """
-    if self.generator is None:
-      raise UserError('this workdir holds a tokenizer only: sample from the workdir of a generator')
-    labels = self._check_labels(labels)
-    if not 0 <= seed < 2**32:
-      raise UserError(f'seed {seed} is out of range: use 0 or more, and at most {2**32 - 1}')
-    _check_choices(cfg, top_k, top_p, temperature)
-    draw = self._sampler(int(top_k), top_p > 0, bool(smooth))
-    numbers = (jnp.float32(cfg), jnp.float32(top_p), jnp.float32(temperature))
-    run = lambda labels, index: draw(self._params, labels, index, jnp.uint32(seed), *numbers)
-    index = np.arange(first, first + len(labels), dtype=np.uint32)
+    labels, index = self.check_labels(labels), np.arange(first, first + np.size(labels), dtype=np.uint32)
+    run = self._sampler(seed, cfg, top_k, top_p, temperature, smooth)
     images, tokens = self._in_batches(run, (labels, index), batch_size, 'sampling' if progress else None)
+    return Samples(images, labels, tokens)
+
+  def edit(self, images, redraw, labels=None, seed=0, *, cfg=1.5, top_k=900, top_p=0.96, temperature=1.0,
+           smooth=False, batch_size=64, progress=False):
+    """Draws a part of each image anew and keeps the tokens of the rest (paper, sec. 4.4): `Samples`.
+
+    images: as for `encode`; redraw: (N, H, W) bool, True where to draw: a token stays when none of its pixels is to be
+    drawn, and the 1x1 scale stays always. labels: classes of the new parts, None for none of them.
+    """
+    self._check_generator()
+    tokens, redraw = self.encode(images, batch_size=batch_size), np.asarray(redraw)
+    (height, width), stride = self.tokenizer.image_size, self.tokenizer.stride
+    if redraw.shape != (len(tokens), height, width) or redraw.dtype != bool:
+      raise UserError(f'redraw must be bool ({len(tokens)}, {height}, {width}), not {redraw.dtype} {redraw.shape}')
+    keep = ~redraw.reshape(-1, height // stride, stride, width // stride, stride).any(axis=(2, 4))
+    no_class = np.full(len(tokens), self.generator.classes, np.int32)
+    labels = no_class if labels is None else self.check_labels(labels)
+    if len(labels) != len(tokens):
+      raise UserError(f'{len(labels)} labels for {len(tokens)} images: give one each')
+    run = self._sampler(seed, cfg, top_k, top_p, temperature, smooth)
+    arrays = (labels, np.arange(len(tokens), dtype=np.uint32), tokens, keep)
+    images, tokens = self._in_batches(run, arrays, batch_size, 'editing' if progress else None)
     return Samples(images, labels, tokens)
 
   def encode(self, images, *, batch_size=64):
@@ -75,13 +88,22 @@ class Model:
     tokens = self._check_tokens(tokens)
     return self._in_batches(self._tokenize('decode_every_scale'), (tokens,), batch_size)[0]
 
+  def _sampler(self, seed, cfg, top_k, top_p, temperature, smooth):
+    """(labels, indices[, given tokens, keep mask]) -> images, tokens, for one batch."""
+    if not 0 <= seed < 2**32:
+      raise UserError(f'seed {seed} is out of range: use 0 or more, and at most {2**32 - 1}')
+    check_choices(cfg, top_k, top_p, temperature)
+    draw = self._jitted_sampler(int(top_k), top_p > 0, bool(smooth))
+    numbers = (jnp.uint32(seed), jnp.float32(cfg), jnp.float32(top_p), jnp.float32(temperature))
+    return lambda labels, index, *given: draw(self.params, labels, index, *numbers, given or None)
+
   @functools.cache
-  def _sampler(self, top_k, use_top_p, smooth):
+  def _jitted_sampler(self, top_k, use_top_p, smooth):
     @jax.jit
-    def draw(params, labels_B, index_B, seed, cfg, top_p, temperature):
+    def draw(params, labels_B, index_B, seed, cfg, top_p, temperature, given):
       choices = sampling.Choices(cfg, top_k, top_p if use_top_p else 0.0, temperature, smooth)
       keys_B = sampling.image_keys(seed, index_B)
-      out = sampling.sample(self.generator, self.tokenizer, params, labels_B, keys_B, choices)
+      out = sampling.sample(self.generator, self.tokenizer, params, labels_B, keys_B, choices, given)
       return out.image_BxHxWx3, out.tokens_BxL
 
     return draw
@@ -89,23 +111,29 @@ class Model:
   @functools.cache
   def _tokenize(self, method):
     apply = jax.jit(lambda params, x: self.tokenizer.apply({'params': params}, x, method=method))
-    return lambda x: (apply(self._params['tokenizer'], x),)
+    return lambda x: (apply(self.params['tokenizer'], x),)
 
   def _in_batches(self, run, arrays, batch_size, title=None):
     """Runs batches of one fixed size over all devices; images come back as uint8."""
     count, devices = len(arrays[0]), self._mesh.size
     if not count:
       raise UserError('there is nothing to do: give at least one image, label or row of tokens')
-    batch_size = -(-max(batch_size, 1) // devices) * devices
+    batch_size = -(-min(max(batch_size, 1), count) // devices) * devices
     parts = []
-    for start in tqdm.tqdm(range(0, count, batch_size), desc=title, unit='batch', disable=title is None, delay=2):
+    for start in progress.bar(range(0, count, batch_size), title=title, unit='batch', show=title is not None):
       part = [np.resize(a[start:start + batch_size], (batch_size, *a.shape[1:])) for a in arrays]
       out = run(*(jax.device_put(a, mesh_lib.split(self._mesh)) for a in part))
       out = [to_uint8(np.asarray(x)) if x.dtype == jnp.float32 else np.asarray(x) for x in out]
       parts.append([x[:count - start] for x in out])
     return [np.concatenate(column) for column in zip(*parts)]
 
-  def _check_labels(self, labels):
+  def _check_generator(self):
+    if self.generator is None:
+      raise UserError('this workdir holds a tokenizer only: give the workdir of a generator')
+
+  def check_labels(self, labels):
+    """(N,) labels as int32. Raises UserError for labels that the model cannot draw."""
+    self._check_generator()
     labels, classes = np.atleast_1d(np.asarray(labels)), self.generator.classes
     if not labels.size:
       raise UserError('no labels: give at least one class number')
@@ -137,7 +165,8 @@ class Model:
     return tokens.astype(np.int32)
 
 
-def _check_choices(cfg, top_k, top_p, temperature):
+def check_choices(cfg, top_k, top_p, temperature):
+  """Raises UserError for values that nothing can be drawn with."""
   if not 0 <= cfg <= 100:
     raise UserError(f'cfg {cfg} is not between 0 (no guidance) and 100; 1.5 is usual')
   if top_k < 0:
@@ -148,9 +177,12 @@ def _check_choices(cfg, top_k, top_p, temperature):
     raise UserError(f'temperature {temperature} is not above 0: use top_k=1 for the likeliest tokens')
 
 
-def load(workdir):
-  """The model of a workdir, from its newest readable checkpoint. UserError when there is none."""
+def load(workdir, *, raw=False):
+  """The model of a workdir, from its newest readable checkpoint. UserError when there is none.
+
+  raw: the parameters themselves where the run keeps an average of them (EMA); a generator's tokenizer stays as it is.
+  """
   if workdir_lib.read_config(workdir).stage == 'tokenizer':
-    return Model(*workdir_lib.load_tokenizer(workdir))
-  generator, params, tokenizer, tokenizer_params = workdir_lib.load_generator(pathlib.Path(workdir))
+    return Model(*workdir_lib.load_tokenizer(workdir, raw=raw))
+  generator, params, tokenizer, tokenizer_params = workdir_lib.load_generator(pathlib.Path(workdir), raw=raw)
   return Model(tokenizer, tokenizer_params, generator, params)

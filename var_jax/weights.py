@@ -4,6 +4,7 @@
     tensors = match_shapes(tensors, {'conv.weight': (64, 3, 3, 3)}, 'LPIPS')
 """
 
+import json
 import pathlib
 import pickle
 import re
@@ -12,10 +13,15 @@ import zlib
 
 import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from var_jax.errors import UserError
 
 TORCH_SUFFIXES = ('.pth', '.pt')
+DTYPES = {  # of .safetensors
+    'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
+    'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
 
 
 def read_tensors(path):
@@ -34,6 +40,23 @@ def read_tensors(path):
   if not tensors:
     raise UserError(f'{path} holds no tensors: is it the file with the weights?')
   return tensors
+
+
+def write_tensors(path, tensors):
+  """Writes {name: array} as `.safetensors`, or with PyTorch as `.pth`, whole or not at all. UserError on full disks."""
+  path = pathlib.Path(path)
+  part = path.with_name(f'.part_{path.name}')
+  tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+  try:
+    if path.suffix in TORCH_SUFFIXES:
+      import torch
+      torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, part)
+    else:
+      safetensors.numpy.save_file(tensors, part)
+    part.replace(path)
+  except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+    part.unlink(missing_ok=True)
+    raise UserError(f'could not write {path} ({_one_line(error)}): free some space or choose another folder') from error
 
 
 def match_shapes(tensors, shapes, what, hint='check that the file belongs to this model'):
@@ -68,12 +91,24 @@ def _one_line(error):
 
 
 def _read_safetensors(path):
-  import safetensors  # here, so that a package without the extra still reads .npz
-  from safetensors.numpy import load_file
   try:
-    return dict(load_file(path))
+    with safetensors.safe_open(path, 'np'):  # checks the index against the file's length
+      pass
   except (safetensors.SafetensorError, OSError, ValueError) as error:
     raise _broken(path, _one_line(error)) from error
+  with path.open('rb') as file:
+    length = int.from_bytes(file.read(8), 'little')
+    index = json.loads(file.read(length))
+  # Mapped, so that a checkpoint of many gigabytes is paged in tensor by tensor.
+  data = np.memmap(path, np.uint8, 'r') if path.stat().st_size > 8 + length else np.zeros(8 + length, np.uint8)
+  tensors = {}
+  for name, entry in index.items():
+    if name != '__metadata__':
+      start, end = (8 + length + offset for offset in entry['data_offsets'])
+      if entry['dtype'] not in DTYPES:
+        raise UserError(f'{path} holds {name} as {entry["dtype"]}, which is not supported: save it as float32')
+      tensors[name] = data[start:end].view(DTYPES[entry['dtype']]).reshape(entry['shape'])
+  return tensors
 
 
 def _read_npz(path):

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from var_jax.errors import UserError, note
+from var_jax.generator import adapt
 from var_jax.generator.transformer import Generator
 from var_jax.pyramid import Pyramid
 from var_jax.tokenizer.tokenizer import Tokenizer
@@ -49,7 +51,7 @@ def check_config(workdir, config):
   """Notes on what changes when a run goes on. UserError when it has other settings of the kind that must not change."""
   if not (pathlib.Path(workdir) / 'config.json').exists():
     return []
-  old, new = _flat(read_config(workdir).to_dict()), _flat(json.loads(config.to_json()))
+  old, new = flatten_dict(read_config(workdir).to_dict(), sep='.'), flatten_dict(json.loads(config.to_json()), sep='.')
   differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
   changed = [k for k in differing if k not in RUN_ONLY]
   if changed:
@@ -95,12 +97,6 @@ def _cannot_write(workdir, error):
   return UserError(f'cannot write to {workdir} ({error.strerror}): choose another --workdir, or free some space')
 
 
-def _flat(tree, prefix=''):
-  if not isinstance(tree, dict):
-    return {prefix[:-1]: tree}
-  return {name: value for key, item in tree.items() for name, value in _flat(item, f'{prefix}{key}.').items()}
-
-
 def activation_dtype(config):
   """The config's dtype of activations."""
   if config.dtype not in ('float32', 'bfloat16'):
@@ -135,30 +131,41 @@ def make_generator(config, tokenizer):
       tokenizer.pyramid, tokenizer.codes, tokenizer.channels, **fields, dtype=activation_dtype(config))
 
 
+def tokenizer_shapes(tokenizer):
+  """Shapes of a `Tokenizer`'s parameters."""
+  return _shapes(tokenizer, jax.ShapeDtypeStruct((1, *tokenizer.image_size, 3), jnp.float32))
+
+
+def generator_shapes(generator):
+  """Shapes of a `Generator`'s parameters."""
+  teacher = (1, generator.pyramid.length - generator.pyramid.sizes[0], generator.channels)
+  return _shapes(generator, jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct(teacher, jnp.float32))
+
+
 def _shapes(module, *inputs):
   return jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
 
 
-def load_tokenizer(workdir, say=note):
-  """(Tokenizer, parameters) of a tokenizer's workdir, or of the copy in a generator's."""
+def load_tokenizer(workdir, say=note, *, raw=False):
+  """(Tokenizer, parameters) of a tokenizer's workdir, or of the copy in a generator's. raw: not their average."""
   config = read_config(workdir)
   if config.stage == 'generator':
     return load_tokenizer(pathlib.Path(workdir) / 'tokenizer', say)
   tokenizer = make_tokenizer(config)
-  shapes = _shapes(tokenizer, jax.ShapeDtypeStruct((1, *tokenizer.image_size, 3), jnp.float32))
-  return tokenizer, _load_params(workdir, shapes, say)[0]
+  return tokenizer, _load_params(workdir, tokenizer_shapes(tokenizer), say, raw and config.ema)[0]
 
 
-def load_generator(workdir, say=note):
-  """(Generator, parameters, Tokenizer, its parameters). UserError when the tokenizer is not the one trained with."""
+def load_generator(workdir, say=note, *, raw=False):
+  """(Generator, parameters, Tokenizer, its parameters). UserError when the tokenizer is not the one trained with.
+
+  raw: the generator's parameters themselves where the run keeps an average of them.
+  """
   config = read_config(workdir)
   if config.stage != 'generator':
     raise UserError(f'{workdir} holds a tokenizer: give the workdir of a generator')
   tokenizer, tokenizer_params = load_tokenizer(workdir, say)
   generator = make_generator(config, tokenizer)
-  teacher = (1, generator.pyramid.length - generator.pyramid.sizes[0], generator.channels)
-  shapes = _shapes(generator, jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct(teacher, jnp.float32))
-  params, metadata = _load_params(workdir, shapes, say)
+  params, metadata = _load_params(workdir, generator_shapes(generator), say, raw and config.ema)
   found = fingerprint(tokenizer_params)
   if metadata.get('tokenizer') != found:
     raise UserError(
@@ -167,15 +174,37 @@ def load_generator(workdir, say=note):
   return generator, params, tokenizer, tokenizer_params
 
 
-def _load_params(workdir, shapes, say):
+def _load_params(workdir, shapes, say, raw):
   if not (pathlib.Path(workdir) / 'checkpoints').is_dir():
     raise UserError(f'{workdir} has no checkpoint yet: train it first, or wait for its first one')
   checkpoints = Checkpoints(workdir, say=say)
   try:
-    params, _, metadata = checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    params, _, metadata = checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]), raw)
   finally:
     checkpoints.close()
   return params, metadata
+
+
+def _begins(workdir, config):
+  """Whether a run takes its first parameters from `start_from`: later it goes on from its own checkpoints."""
+  return config.start_from and not any((pathlib.Path(workdir) / 'checkpoints').glob('[0-9]*'))
+
+
+def initial_tokenizer(workdir, config, tokenizer):
+  """The parameters that a tokenizer's run begins with, None for new ones. UserError when they do not fit."""
+  if not _begins(workdir, config):
+    return None
+  params = load_tokenizer(config.start_from)[1]
+  adapt.check(params, tokenizer_shapes(tokenizer), 'this tokenizer')
+  return params
+
+
+def initial_generator(workdir, config, generator):
+  """The parameters that a generator's run begins with, see `generator.adapt`; None for new ones."""
+  if not _begins(workdir, config):
+    return None
+  old, params, _, _ = load_generator(config.start_from)
+  return adapt.adapted(params, old, generator, generator_shapes(generator))
 
 
 def find_tokenizer(workdir, source, say=note):

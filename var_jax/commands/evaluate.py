@@ -1,44 +1,74 @@
-"""`var-jax evaluate`: a workdir's model against the held-out images of its own data; writes JSON."""
+"""`var-jax evaluate`: a workdir's model, or samples at hand, against real images; prints and writes JSON."""
 
 import json
 import pathlib
+import sys
 
 from var_jax.commands import flags, output
 from var_jax.errors import UserError
 
-EXAMPLE = 'var-jax evaluate --workdir=runs/digits/generator --features=classifier --out=judged.json'
+EXAMPLE = ('var-jax evaluate --workdir=runs/digits/generator --features=classifier --out=judged.json\n'
+           '  var-jax evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --features=inception '
+           '--weights=pt_inception-2015-12-05-6726825d.pth')
 
 
 def main(arguments):
   parser = flags.Parser(
-      'evaluate', "A tokenizer: PSNR and codebook usage per scale on held-out images. A generator: how many samples a "
-      'classifier, trained on the real images in about a minute, judges as the class asked for.', EXAMPLE)
-  parser.add_argument('--workdir', required=True, metavar='DIR', help="a tokenizer's or a generator's workdir")
-  parser.add_argument('--features', default='classifier', choices=['classifier'],
-                      help='classifier: trained on the training images')
+      'evaluate', 'Samples, or those that a generator draws, against real images: fid, sfid, inception_score, '
+      'precision and recall with the FID Inception; or a classifier that is trained on the real images in about a '
+      "minute. A generator's loss, and a tokenizer's PSNR, SSIM and codebook usage, on held-out images.", EXAMPLE)
+  parser.add_argument('--workdir', metavar='DIR', help="a tokenizer's or a generator's workdir")
+  parser.add_argument('--samples', metavar='X.npz|DIR', help='images to evaluate in place of what a generator draws')
+  parser.add_argument('--reference', metavar='X.npz|DIR', help='real images, or statistics (mu, sigma, mu_s, sigma_s); '
+                      "default: the training images of the workdir's data")
+  parser.add_argument('--features', choices=['inception', 'classifier'],
+                      help='default: inception with --weights, classifier without')
+  parser.add_argument('--weights', metavar='FILE', help="the FID Inception, pytorch-fid's .pth or as .safetensors")
+  parser.add_argument('--resize', choices=['tf1', 'half_pixel'], default='tf1',
+                      help="of images for the Inception: as the published figures' evaluator (default) or pytorch-fid")
+  parser.add_argument('--lpips_weights', metavar='FILE,...', help="VGG16 and its heads, for a tokenizer's LPIPS")
   parser.add_argument('--per_class', type=int, default=50, metavar='N', help='samples of each class (default 50)')
   parser.add_argument('--seed', type=int, default=0, metavar='S')
+  parser.add_argument('--batch_size', type=int, default=64, metavar='N', help='images at a time (default 64)')
   flags.add_choices(parser)
-  parser.add_argument('--out', metavar='X.json', help='default: evaluation.json in the workdir')
+  parser.add_argument('--out', metavar='X.json', help='default: evaluation.json in the workdir or beside the samples')
   options = parser.parse_args(arguments)
-  flags.in_range('--per_class', options.per_class, 1)
+  out = _checked(options)
+
+  from var_jax.evaluation.run import Request, figures_of
+
+  names = ('workdir', 'samples', 'reference', 'weights', 'resize', 'per_class', 'seed', 'batch_size')
+  lpips_weights = tuple(options.lpips_weights.split(',')) if options.lpips_weights else ()
+  figures = figures_of(Request(
+      **{name: getattr(options, name) for name in names}, lpips_weights=lpips_weights,
+      inception=options.features == 'inception', choices=flags.choices(options)))
+  output.make_folder(out.parent)
+  output.save_text(out, json.dumps(figures, indent=2) + '\n')
+  print(json.dumps(figures, indent=2))
+  print(f'written to {out}', file=sys.stderr)
+
+
+def _checked(options):
+  """The path of the JSON file. UserError for flags that do not go together, before anything is computed."""
+  for flag in ('per_class', 'batch_size'):
+    flags.in_range(f'--{flag}', getattr(options, flag), 1)
   flags.in_range('--seed', options.seed, 0, 2**32 - 1)
-  out = pathlib.Path(options.out or pathlib.Path(options.workdir) / 'evaluation.json')
+  if not options.workdir and not options.samples:
+    raise UserError('say what to evaluate: --workdir=DIR, or --samples=X.npz with --reference=Y.npz')
+  options.features = options.features or ('inception' if options.weights else 'classifier')
+  if options.features == 'inception' and not options.weights:
+    raise UserError('--features=inception needs the weights of the FID Inception: add --weights=FILE '
+                    '(pt_inception-2015-12-05-6726825d.pth of pytorch-fid), or use --features=classifier')
+  if not options.workdir and options.features == 'classifier':
+    raise UserError("--features=classifier is trained on a workdir's data: add --workdir=DIR, or use "
+                    '--features=inception --weights=FILE')
+  if not options.workdir and not options.reference:
+    raise UserError('--samples are compared with real images: add --reference=X.npz, a folder, or --workdir=DIR')
+  if options.features == 'classifier' and options.reference:
+    raise UserError("--features=classifier compares with the workdir's data alone: leave --reference out")
+  samples = pathlib.Path(options.samples or 'samples')
+  default = pathlib.Path(options.workdir or samples.parent) / 'evaluation.json'
+  out = pathlib.Path(options.out or default)
   if out.suffix != '.json':
     raise UserError(f'--out={out} must end in .json')
-
-  from var_jax import workdir
-  from var_jax.evaluation import classes, reconstruction
-  from var_jax.model import load
-
-  model, config = load(options.workdir), workdir.read_config(options.workdir)
-  if model.generator is None:
-    figures = reconstruction.figures(model, config)
-  else:
-    figures = classes.figures(
-        model, config, options.per_class, options.seed, flags.choices(options))
-  output.make_folder(out.parent)
-  out.write_text(json.dumps(figures, indent=2) + '\n')
-  for name, value in figures.items():
-    print(f'{name:32} {value:.4g}' if isinstance(value, float) else f'{name:32} {value}')
-  print(f'written to {out}')
+  return out

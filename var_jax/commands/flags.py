@@ -74,9 +74,10 @@ def in_range(flag, value, least, most=None):
     raise UserError(f'{flag}={value} is out of range: use {least} or more' + (f', and at most {most}' if most else ''))
 
 
-def add_choices(parser):
-  """The flags that say how tokens are drawn, with the published defaults."""
-  parser.add_argument('--cfg', type=float, default=1.5, help='guidance at the last scale, 0 for none (default 1.5)')
+def add_choices(parser, cfg=True):
+  """The flags that say how tokens are drawn, with the published defaults; cfg: whether that is one of them."""
+  if cfg:
+    parser.add_argument('--cfg', type=float, default=1.5, help='guidance at the last scale, 0 for none (default 1.5)')
   parser.add_argument('--top_k', type=int, default=900, help='likeliest codes to draw from, 0 for all (default 900)')
   parser.add_argument('--top_p', type=float, default=0.96, help='their probability in all, 0 for all (default 0.96)')
   parser.add_argument('--temperature', type=float, default=1.0, help='of the logits (default 1)')
@@ -85,4 +86,5 @@ def add_choices(parser):
 
 def choices(options):
   """The keyword arguments of `Model.sample` that `add_choices` gathered."""
-  return {name: getattr(options, name) for name in ('cfg', 'top_k', 'top_p', 'temperature', 'smooth')}
+  names = ('cfg', 'top_k', 'top_p', 'temperature', 'smooth')
+  return {name: getattr(options, name) for name in names if name in options}

@@ -32,19 +32,30 @@ def make_folder(folder):
     raise UserError(f'cannot write to {folder} ({error.strerror}): choose another --out') from None
 
 
-def save(out, images_NxHxWx3, picture, **arrays):
+def save(out, images_NxHxWx3, picture, *, names=None, **arrays):
   """Writes (N, H, W, 3) uint8 images; an .npz has them as arr_0 beside `arrays`. picture: what a .png shows.
 
-  Files appear whole or not at all: what was there stays when the disk is full.
+  names: of the files in a folder, numbers by default. Files appear whole or not at all: what was there stays when the
+  disk is full.
   """
   path = pathlib.Path(out)
   if path.suffix.lower() == '.npz':
-    _whole(path, lambda part: np.savez(part, arr_0=images_NxHxWx3, **arrays))
+    save_arrays(path, arr_0=images_NxHxWx3, **arrays)
   elif path.suffix:
     _whole(path, lambda part: pictures.save(part, picture))
   else:
-    for i, image in enumerate(images_NxHxWx3):
-      _whole(path / f'{i:06d}.png', lambda part: pictures.save(part, image))
+    for name, image in zip(names or [f'{i:06d}' for i in range(len(images_NxHxWx3))], images_NxHxWx3):
+      _whole(path / f'{name}.png', lambda part: pictures.save(part, image))
+
+
+def save_text(path, text):
+  """Writes a text, whole or not at all."""
+  _whole(pathlib.Path(path), lambda part: part.write_text(text))
+
+
+def save_arrays(path, **arrays):
+  """Writes an .npz, whole or not at all."""
+  _whole(pathlib.Path(path), lambda part: np.savez(part, **arrays))
 
 
 def _whole(path, write):

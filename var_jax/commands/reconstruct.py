@@ -1,15 +1,19 @@
-"""`var-jax reconstruct`: images through the tokenizer, and what every scale adds."""
+"""`var-jax reconstruct`: images through the tokenizer, and what every scale adds; whole folders; tokens to images."""
 
 import pathlib
 
 import numpy as np
 
-from var_jax import pictures
+from var_jax import pictures, progress
 from var_jax.commands import flags, output
 from var_jax.data.images import fit, read_image
+from var_jax.data.sources import SUFFIXES, open_source
 from var_jax.errors import UserError
 
-EXAMPLE = 'var-jax reconstruct --workdir=runs/photos/tokenizer --images=cat.jpg,dog.png --out=scales.png'
+EXAMPLE = ('var-jax reconstruct --workdir=runs/photos/tokenizer --images=cat.jpg,dog.png --out=scales.png\n'
+           '  var-jax reconstruct --workdir=runs/photos/tokenizer --images=photos --out=reconstructed\n'
+           '  var-jax reconstruct --workdir=runs/photos/tokenizer --tokens=reconstructed/tokens.npz --out=again')
+AT_A_TIME = 64
 
 
 def main(arguments):
@@ -17,38 +21,95 @@ def main(arguments):
       'reconstruct', 'Encodes images and decodes them after 1, 2, … scales. A picture shows the token maps as well.',
       EXAMPLE)
   parser.add_argument('--workdir', required=True, metavar='DIR', help="a tokenizer's or a generator's workdir")
-  parser.add_argument('--images', metavar='FILE,...', help='images; fitted to the size of the model')
+  parser.add_argument('--images', metavar='FILE|DIR,...', help='images or folders; fitted to the size of the model')
   parser.add_argument('--held_out', type=int, metavar='N', help="or: the first N validation images of the model's data")
-  parser.add_argument('--out', required=True, metavar='X.png|X.npz', help='a picture, or arrays: arr_0, tokens, scales')
+  parser.add_argument('--tokens', metavar='X.npz', help='or: tokens (N,L) that reconstruct, sample or edit left')
+  parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='a picture; arrays: arr_0, tokens, '
+                      'scales; or a folder: the last scale alone, and tokens.npz')
   options = parser.parse_args(arguments)
   flags.in_range('--held_out', options.held_out, 1)
-  if bool(options.images) == bool(options.held_out):
-    raise UserError('say which images: either --images=FILE,... or --held_out=N')
-  if not pathlib.Path(options.out).suffix:
-    raise UserError(f'--out={options.out} must be a picture such as X.png, or X.npz')
+  if sum(map(bool, (options.images, options.held_out, options.tokens))) != 1:
+    raise UserError('say which images: one of --images=FILE,..., --held_out=N and --tokens=X.npz')
   output.check(options.out)
+  tokens = _read_tokens(options.tokens) if options.tokens else None
+  files = _files(options.images) if options.images else None
 
   from var_jax.model import load
 
   model = load(options.workdir)
-  images = _images(options, model.tokenizer.image_size)
-  tokens = model.encode(images)
+  if not pathlib.Path(options.out).suffix:
+    count = _to_folder(model, options, files, tokens)
+    print(f'{count} images in {options.out}')
+    return
+  images = None if options.tokens else _images(options, files, model.tokenizer.image_size)
+  tokens = model.encode(images) if tokens is None else tokens
   scales = model.decode_every_scale(tokens)
-  if options.out.endswith('.npz'):
-    picture = None
-  else:
-    picture = pictures.scales_figure(images, tokens, scales, model.tokenizer.pyramid)
+  picture = None
+  if not options.out.endswith('.npz'):
+    picture = pictures.scales_figure(scales[:, -1] if images is None else images, tokens, scales,
+                                     model.tokenizer.pyramid)
   output.save(options.out, scales[:, -1], picture, tokens=tokens, scales=scales)
-  print(f'{len(images)} images after each of {scales.shape[1]} scales in {options.out}')
+  print(f'{len(tokens)} images after each of {scales.shape[1]} scales in {options.out}')
 
 
-def _images(options, size):
+def _to_folder(model, options, files, tokens):
+  """Writes reconstructions under their files' names, and all tokens, some images at a time. Returns their number."""
+  size, parts = model.tokenizer.image_size, []
+  if tokens is not None:
+    names = [f'{i:06d}' for i in range(len(tokens))]
+  elif files:
+    names = _names(files)
+  else:
+    images = _images(options, None, size)
+    names = [f'{i:06d}' for i in range(len(images))]
+  for start in progress.bar(range(0, len(names), AT_A_TIME), title='images', unit='batch'):
+    some = slice(start, start + AT_A_TIME)
+    if tokens is not None:
+      parts.append(tokens[some])
+    else:
+      parts.append(model.encode(_read(files[some], size) if files else images[some]))
+    output.save(options.out, model.decode(parts[-1]), None, names=names[some])
+  output.save_arrays(f'{options.out}/tokens.npz', tokens=np.concatenate(parts), names=np.array(names))
+  return len(names)
+
+
+def _names(files):
+  """A name for each file: its stem, with its number where stems repeat."""
+  stems = [pathlib.Path(file).stem for file in files]
+  return [stem if stems.count(stem) == 1 else f'{stem}_{i:06d}' for i, stem in enumerate(stems)]
+
+
+def _files(text):
+  """The files that --images names, those in its folders included."""
+  files = []
+  for part in text.split(','):
+    path = pathlib.Path(part)
+    inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and not p.name.startswith('.'))
+    if path.is_dir() and not inside:
+      raise UserError(f'no images ({", ".join(SUFFIXES)}) in {path}: name another folder')
+    files += inside if path.is_dir() else [path]
+  return files
+
+
+def _read(files, size):
+  return np.stack([fit(read_image(file, size=size), size, enlarge=1) for file in files])
+
+
+def _images(options, files, size):
   """(N, h, w, 3) uint8: the files that were named, or the first held-out images of the model's own data."""
-  if options.images:
-    return np.stack([fit(read_image(file, size=size), size, enlarge=1) for file in options.images.split(',')])
-  from var_jax.data.sources import open_source
+  if files:
+    return _read(files, size)
   from var_jax.workdir import read_config
 
   data = read_config(options.workdir).data
   source = open_source(data.source, data.path, 'validation')
   return np.stack([fit(source[i][0], size, enlarge=1) for i in range(min(options.held_out, len(source)))])
+
+
+def _read_tokens(path):
+  from var_jax.weights import read_tensors
+
+  tokens = read_tensors(path).get('tokens') if path.endswith('.npz') else None
+  if tokens is None:
+    raise UserError(f'{path} holds no tokens: give an .npz that reconstruct, sample or edit wrote')
+  return tokens

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from var_jax import pictures
+from var_jax import pictures, progress
 from var_jax.commands import flags, output
 
 EXAMPLE = 'var-jax sample --workdir=runs/digits/generator --labels=0,3,7 --num=9 --cfg=1.5 --out=digits.png'
@@ -25,14 +25,23 @@ def main(arguments):
   flags.in_range('--batch_size', options.batch_size, 1)
   flags.in_range('--seed', options.seed, 0, 2**32 - 1)
 
+  from var_jax.evaluation.drawing import draw
   from var_jax.model import load
 
   model = load(options.workdir)
   labels = options.labels or list(range(model.generator.classes if model.generator else 1))
   labels = np.resize(labels, options.num or len(labels))
-  samples = model.sample(
-      labels, options.seed, batch_size=options.batch_size, progress=True, **flags.choices(options))
-  columns = min(len(options.labels or labels), len(labels))  # labels come in turn: a column each
-  picture = pictures.sheet(samples.images, columns if columns <= 20 else 0)
-  output.save(options.out, samples.images, picture, labels=samples.labels, tokens=samples.tokens)
-  print(f'{len(labels)} images in {pathlib.Path(options.out)}')
+  out, choices = pathlib.Path(options.out), flags.choices(options)
+  if out.suffix.lower() == '.npz':
+    draw(model, labels, options.seed, out, choices, options.batch_size)
+  elif out.suffix:
+    images = model.sample(labels, options.seed, batch_size=options.batch_size, progress=True, **choices).images
+    columns = min(len(options.labels or labels), len(labels))  # labels come in turn: a column each
+    output.save(out, images, pictures.sheet(images, columns if columns <= 20 else 0))
+  else:
+    for start in progress.bar(range(0, len(labels), options.batch_size), title='sampling', unit='batch'):
+      some = np.resize(labels[start:start + options.batch_size], min(options.batch_size, len(labels)))
+      images = model.sample(some, options.seed, first=start, batch_size=options.batch_size, **choices).images
+      names = [f'{i:06d}' for i in range(start, min(start + options.batch_size, len(labels)))]
+      output.save(out, images[:len(names)], None, names=names)
+  print(f'{len(labels)} images in {out}')

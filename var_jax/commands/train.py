@@ -109,13 +109,20 @@ def _set_classes(config, source):
 
 def make_stage(config, workdir, steps):
   """(stage, what puts its tokenizer's copy into the workdir)."""
+  from var_jax.training.optimizer import frozen_names
+
   if config.stage == 'tokenizer':
     from var_jax.stages.tokenizer import TokenizerStage
 
-    return TokenizerStage(config, workdir_lib.make_tokenizer(config), steps), lambda: None
+    tokenizer = workdir_lib.make_tokenizer(config)
+    frozen_names(workdir_lib.tokenizer_shapes(tokenizer), config.freeze)
+    initial = workdir_lib.initial_tokenizer(workdir, config, tokenizer)
+    return TokenizerStage(config, tokenizer, steps, initial), lambda: None
   from var_jax.stages.generator import GeneratorStage
 
   place, tokenizer, params = workdir_lib.find_tokenizer(workdir, config.tokenizer)
   generator = workdir_lib.make_generator(config, tokenizer)
-  stage = GeneratorStage(config, generator, tokenizer, params, workdir_lib.fingerprint(params), steps)
+  frozen_names(workdir_lib.generator_shapes(generator), config.freeze)
+  initial = workdir_lib.initial_generator(workdir, config, generator)
+  stage = GeneratorStage(config, generator, tokenizer, params, workdir_lib.fingerprint(params), steps, initial)
   return stage, lambda: workdir_lib.keep_tokenizer(workdir, place, params)

@@ -1,38 +1,63 @@
 """Do samples show the class that was asked for? A classifier trained on the real images says so.
 
-It is no part of the models. Its figures are not comparable with FID or with other data sets' figures.
+It is no part of the models. Its figures have names of their own: they are not FID, and say nothing beside those of
+other data sets.
 """
+
+import hashlib
+import pathlib
 
 import numpy as np
 
 from var_jax.data.images import fit
 from var_jax.data.sources import open_source
-from var_jax.evaluation.judge import train_judge
+from var_jax.evaluation import fid
+from var_jax.evaluation.image_sets import ArrayImages
+from var_jax.evaluation.judge import load_judge, save_judge, train_judge
 
 MOST_IMAGES = 60_000  # real images to train the judge on, evenly taken
+MOST_COMPARED = 10_000  # of them for precision and recall
 
 
-def figures(model, config, per_class, seed, choices):
-  """{name: number}: the judge's accuracy on held-out real images, and on samples in all and of the weakest class.
-
-  choices: keyword arguments of `Model.sample` (cfg, top_k, top_p, temperature, smooth).
+class RealImages:
+  """The real images of a config's data: `train` and `held_out`, each (images (N, H, W, 3) uint8, labels (N,)); and how
+  many `classes` there are.
   """
-  size = model.tokenizer.image_size
-  real, labels = _images(open_source(config.data.source, config.data.path, 'train'), size)
-  judge = train_judge(real, labels, model.generator.classes, progress=True)
-  held_out, held_out_labels = _images(open_source(config.data.source, config.data.path, 'validation'), size)
-  asked = np.repeat(np.arange(model.generator.classes), per_class)
-  samples = model.sample(asked, seed, progress=True, **choices)
-  right = judge.predict(samples.images) == asked
-  by_class = right.reshape(-1, per_class).mean(axis=1)
-  return {
-      'judge_accuracy_on_real_images': float(judge.accuracy(held_out, held_out_labels)),
-      'samples': len(asked),
-      'samples_judged_as_their_class': float(right.mean()),
-      'of_the_weakest_class': float(by_class.min()),
-      'weakest_class': int(by_class.argmin()),
-      **choices,
-  }
+
+  def __init__(self, config, size):
+    source = open_source(config.data.source, config.data.path, 'train')
+    self.classes, self.train = source.num_classes, _images(source, size)
+    self.held_out = _images(open_source(config.data.source, config.data.path, 'validation'), size)
+
+
+def find_judge(real, workdir):
+  """The judge of these images: the one in `workdir/judge.npz` if it was trained on the same, else a new one."""
+  images, labels = real.train
+  name = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:12]
+  path = pathlib.Path(workdir) / 'judge.npz'
+  judge = load_judge(path, name, images.shape[1:], real.classes)
+  if judge is None:
+    judge = train_judge(images, labels, real.classes, progress=True)
+    save_judge(path, name, judge)
+  return judge
+
+
+def figures(judge, real, images_NxHxWx3, labels_N=None):
+  """{name: number}: the judge's accuracy on held-out real images; how often it takes samples for their label, in all
+  and of the weakest class; Fréchet distance, precision and recall of its hidden layer against the training images.
+  """
+  train = real.train[0][np.linspace(0, len(real.train[0]) - 1, min(len(real.train[0]), MOST_COMPARED)).astype(int)]
+  extractor = fid.judge_extractor(judge)
+  compared = fid.compare(*(fid.gather(ArrayImages(images), extractor) for images in (images_NxHxWx3, train)))
+  found = {'judge_accuracy_on_real_images': judge.accuracy(*real.held_out), 'samples': len(images_NxHxWx3)}
+  if labels_N is not None:
+    right = judge.predict(images_NxHxWx3) == labels_N
+    by_class = {int(label): float(right[labels_N == label].mean()) for label in np.unique(labels_N)}
+    weakest = min(by_class, key=by_class.get)
+    found |= {'samples_judged_as_their_class': float(right.mean()), 'of_the_weakest_class': by_class[weakest],
+              'weakest_class': weakest}
+  return found | {'classifier_frechet_distance': compared['fid'], 'classifier_precision': compared['precision'],
+                  'classifier_recall': compared['recall']}
 
 
 def _images(source, size):

@@ -5,24 +5,42 @@ import numpy as np
 from var_jax.errors import UserError
 
 
-def statistics(features_NxD, chunk=4096):
-  """(mean (D,), covariance (D, D)) in float64, with N - 1 in the denominator as in the usual evaluators.
+class Moments:
+  """Mean and covariance of features that come batch by batch; float64, about the first batch's mean, hence stable."""
 
-  Works through `chunk` rows at a time, so that 50,000 rows are never copied to float64 as a whole. Raises UserError
-  for fewer than 2 rows and for values that are not finite.
-  """
-  features_NxD = np.asarray(features_NxD)
-  count, width = features_NxD.shape
-  if count < 2:
-    raise UserError(f'a covariance of {count} image(s) is undefined: evaluate at least 2, better 10,000 and more')
-  mu_D = features_NxD.mean(0, dtype=np.float64)
-  if not np.isfinite(mu_D).all():
-    raise UserError('the features hold NaN or infinite values: check the images and the weights of the feature network')
-  sigma_DxD = np.zeros((width, width))
-  for start in range(0, count, chunk):
-    centred = features_NxD[start:start + chunk] - mu_D
-    sigma_DxD += centred.T @ centred
-  return mu_D, sigma_DxD / (count - 1)
+  def __init__(self):
+    self.count, self._shift_D = 0, None
+
+  def add(self, features_BxD):
+    """Takes in a batch of rows."""
+    features_BxD = np.asarray(features_BxD, np.float64)
+    if self._shift_D is None:
+      self._shift_D = features_BxD.mean(0)
+      self._sum_D, self._outer_DxD = np.zeros_like(self._shift_D), np.zeros((len(self._shift_D),) * 2)
+    centred = features_BxD - self._shift_D
+    self.count += len(centred)
+    self._sum_D += centred.sum(0)
+    self._outer_DxD += centred.T @ centred
+
+  def result(self):
+    """(mean (D,), covariance (D, D)), with N - 1 in the denominator as in the usual evaluators.
+
+    Raises UserError for fewer than 2 rows and for values that are not finite.
+    """
+    if self.count < 2:
+      raise UserError(f'a covariance of {self.count} image(s) is undefined: evaluate at least 2, better 10,000')
+    if not np.isfinite(self._sum_D).all():
+      raise UserError('the features hold NaN or infinite values: check the weights of the feature network')
+    mean_D = self._sum_D / self.count
+    return self._shift_D + mean_D, (self._outer_DxD - self.count * np.outer(mean_D, mean_D)) / (self.count - 1)
+
+
+def statistics(features_NxD, chunk=4096):
+  """(mean (D,), covariance (D, D)) of features at hand, see `Moments`."""
+  moments = Moments()
+  for start in range(0, len(features_NxD), chunk):
+    moments.add(features_NxD[start:start + chunk])
+  return moments.result()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):

@@ -8,6 +8,7 @@ It is a yardstick for small data sets, no part of any model, and never sees a ge
 """
 
 import dataclasses
+import zipfile
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -15,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from var_jax import progress as progress_lib
 from var_jax.errors import UserError
 
 MIN_STEPS = 300  # a thousand images need many passes ...
@@ -105,10 +107,33 @@ def train_judge(images_NxHxWx3, labels_N, num_classes, *, seed=0, epochs=None, b
   train_step = _train_step(model, optimizer, dropout_key)
   opt_state = optimizer.init(params)
   batches = _batches(images_NxHxWx3, labels_N, batch_size, epochs, shift, np.random.default_rng(seed))
-  for step, batch in enumerate(tqdm.tqdm(batches, 'judge', epochs * steps_per_epoch, disable=not progress)):
+  bar = progress_lib.bar(batches, title='judge', unit='step', total=epochs * steps_per_epoch, show=progress)
+  for step, batch in enumerate(bar):
     params, opt_state = train_step(params, opt_state, step, *batch)
+  return _judge(model, params, images_NxHxWx3.shape[1:], batch_size)
+
+
+def _judge(model, params, image_shape, batch_size):
   forward = jax.jit(lambda params, images: model.apply({'params': params}, _scaled(images)))
-  return Judge(model, params, images_NxHxWx3.shape[1:], forward, batch_size)
+  return Judge(model, params, image_shape, forward, batch_size)
+
+
+def save_judge(path, name, judge):
+  """Writes a judge to an .npz. name: of the images that it was trained on."""
+  np.savez(path, name=name, batch_size=judge.batch_size, **flatten_dict(judge.params, sep='/'))
+
+
+def load_judge(path, name, image_shape, num_classes):
+  """The judge in an .npz that `save_judge` wrote under this name, None when there is none."""
+  try:
+    with np.load(path) as arrays:
+      found = {key: arrays[key] for key in arrays.files}
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    return None
+  if found.pop('name', None) != name:
+    return None
+  batch_size = int(found.pop('batch_size'))
+  return _judge(Classifier(num_classes), unflatten_dict(found, sep='/'), image_shape, batch_size)
 
 
 def _train_step(model, optimizer, dropout_key):

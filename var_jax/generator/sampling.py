@@ -70,7 +70,7 @@ def keep_masks(keep_BxHxW, pyramid):
   """Which tokens of each scale stay as given: K bool arrays (B, h*w). A 1x1 scale always stays."""
   masks = []
   for size in pyramid.scales:
-    mask = resize.bilinear(keep_BxHxW[..., None].astype(jnp.float32), size).reshape(len(keep_BxHxW), -1) > 0.5
+    mask = resize.bilinear(keep_BxHxW[..., None].astype(jnp.float32), size).reshape(keep_BxHxW.shape[0], -1) > 0.5
     masks.append(jnp.ones_like(mask) if size == (1, 1) else mask)
   return masks
 
@@ -82,7 +82,7 @@ def sample(generator, tokenizer, params, labels_B, keys_B, choices, given=None):
   given: None, or (tokens_BxL, keep_BxHxW) with the mask at the latent's size, True where the given tokens stay.
   Guidance grows with the scale: t = cfg·k/(K-1), logits = (1+t)·conditional - t·unconditional.
   """
-  pyramid, B = generator.pyramid, len(labels_B)
+  pyramid, B = generator.pyramid, labels_B.shape[0]
   quantizer = tokenizer.bind({'params': params['tokenizer']}).quantizer
   model = generator.bind({'params': params['generator']})
   labels_2B = jnp.concatenate([labels_B, jnp.full_like(labels_B, generator.classes)])

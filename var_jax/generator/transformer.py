@@ -213,7 +213,7 @@ class Generator(nn.Module):
     class_BxD = self.class_embedding[labels_B].astype(self.dtype)
     if not self.shared_adaln:
       return class_BxD
-    return self.shared(nn.silu(class_BxD)).reshape(len(labels_B), 6, -1)
+    return self.shared(nn.silu(class_BxD)).reshape(labels_B.shape[0], 6, -1)
 
   def _logits(self, x_BxLxD, labels_B):
     class_BxD = self.class_embedding[labels_B]

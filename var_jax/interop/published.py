@@ -1,35 +1,120 @@
-"""The published PyTorch checkpoints' names and layouts, and ours: one table for each network.
+"""The published PyTorch checkpoints' names and layouts, and ours: one table for each network, read in both directions.
 
-`import_*` turn {name: array} into parameters; a missing, extra or misshapen tensor is a UserError that names it.
+    names = generator_names(shapes)                                  # shapes: our parameters, or their shapes
+    params = from_published(tensors, names, shapes, 'the generator')  # {torch name: array} -> ours
+    tensors = to_published(params, names)                             # and back, bit for bit
+
+Our blocks are stacked: block i of the published network is row i.
 """
 
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from var_jax.errors import UserError
+from var_jax.weights import match_shapes
 
+# Tensors of a published checkpoint that follow from the architecture.
 BUFFERS = re.compile(r'lvl_1L$|attn_bias_for_masking$|attn\.zero_k_bias$|ema_vocab_hit_SV$')
 
 
-def _conv(x):
-  return x.transpose(2, 3, 1, 0)  # OIHW -> HWIO
+class Layout(NamedTuple):
+  """How an array is turned from PyTorch's layout into ours, and back."""
+
+  read: Callable
+  write: Callable
 
 
-def _dense(x):
-  return x.T
+class Place(NamedTuple):
+  """Where a published tensor lives here. block: its row in the stacked blocks, None outside of them."""
+
+  path: tuple
+  layout: Layout
+  block: int | None = None
 
 
-def _same(x):
-  return x
+SAME = Layout(lambda x: x, lambda x: x)
+CONV = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW, HWIO
+DENSE = Layout(np.transpose, np.transpose)
+HEADS = Layout(np.ravel, lambda x: x.reshape(1, -1, 1, 1))
+ONE_BEFORE = Layout(lambda x: x[0], lambda x: x[None])
+TWO_BEFORE = Layout(lambda x: x[0, 0], lambda x: x[None, None])
+
+_BLOCK = {
+    'attn.scale_mul_1H11': Place(('attention', 'log_scale'), HEADS),
+    'attn.q_bias': Place(('attention', 'q_bias'), SAME),
+    'attn.v_bias': Place(('attention', 'v_bias'), SAME),
+    'attn.mat_qkv.weight': Place(('attention', 'qkv', 'kernel'), DENSE),
+    'attn.proj.weight': Place(('attention', 'proj', 'kernel'), DENSE),
+    'attn.proj.bias': Place(('attention', 'proj', 'bias'), SAME),
+    'ffn.fc1.weight': Place(('fc1', 'kernel'), DENSE),
+    'ffn.fc1.bias': Place(('fc1', 'bias'), SAME),
+    'ffn.fc2.weight': Place(('fc2', 'kernel'), DENSE),
+    'ffn.fc2.bias': Place(('fc2', 'bias'), SAME),
+    'ada_lin.1.weight': Place(('adaln', 'kernel'), DENSE),
+    'ada_lin.1.bias': Place(('adaln', 'bias'), SAME),
+    'ada_gss': Place(('adaln',), TWO_BEFORE),
+}
+
+_OUTSIDE = {
+    'pos_start': Place(('start',), ONE_BEFORE),
+    'pos_1LC': Place(('position',), ONE_BEFORE),
+    'word_embed.weight': Place(('word_embed', 'kernel'), DENSE),
+    'word_embed.bias': Place(('word_embed', 'bias'), SAME),
+    'class_emb.weight': Place(('class_embedding',), SAME),
+    'lvl_embed.weight': Place(('level_embedding',), SAME),
+    'shared_ada_lin.1.weight': Place(('shared', 'kernel'), DENSE),
+    'shared_ada_lin.1.bias': Place(('shared', 'bias'), SAME),
+    'head_nm.ada_lin.1.weight': Place(('head_adaln', 'kernel'), DENSE),
+    'head_nm.ada_lin.1.bias': Place(('head_adaln', 'bias'), SAME),
+    'head.weight': Place(('head', 'kernel'), DENSE),
+    'head.bias': Place(('head', 'bias'), SAME),
+}
 
 
-def _norm_and_conv(name, path):
-  """What a torch module's weight and bias are called here, and how the weight is laid out."""
-  if '.norm' in name or name.startswith('norm'):
-    return {f'{name}.weight': ((*path, 'norm', 'scale'), _same), f'{name}.bias': ((*path, 'norm', 'bias'), _same)}
-  return {f'{name}.weight': ((*path, 'kernel'), _conv), f'{name}.bias': ((*path, 'bias'), _same)}
+def generator_names(params):
+  """{torch name: Place} of the parameters of a `Generator`, or of their shapes."""
+  names = {name: place for name, place in _OUTSIDE.items() if _has(params, place.path)}
+  depth = params['blocks']['fc1']['bias'].shape[0]
+  for i in range(depth):
+    for name, (path, layout, _) in _BLOCK.items():
+      if _has(params['blocks'], path):
+        names[f'blocks.{i}.{name}'] = Place(('blocks', *path), layout, i)
+  return names
+
+
+def tokenizer_names(params, phi_each=False):
+  """{torch name: Place} of the parameters of a `Tokenizer`, or of their shapes.
+
+  phi_each: the phi layers belong to a scale each; the published code names those otherwise than shared ones.
+  """
+  names = {'quantize.embedding.weight': Place(('quantizer', 'codebook'), SAME)}
+  phis = [name for name in params['quantizer'] if name.startswith('phi_')]
+  for i in range(len(phis)):
+    if phi_each:
+      name = f'quantize.quant_resi.{i}'
+    else:
+      name = 'quantize.quant_resi.qresi' if len(phis) == 1 else f'quantize.quant_resi.qresi_ls.{i}'
+    names |= _norm_or_conv(name, ('quantizer', f'phi_{i}'))
+  for name in ('quant_conv', 'post_quant_conv'):
+    names |= _norm_or_conv(name, (name,))
+  for part in ('encoder', 'decoder'):
+    leaves = jax.tree_util.tree_flatten_with_path(params[part])[0]
+    for path in dict.fromkeys(tuple(p.key for p in path[:-1]) for path, _ in leaves):
+      # Our norms wrap flax's module of the same name.
+      path = path[:-1] if path[-1] == 'norm' and path[-2].startswith('norm') else path
+      names |= _norm_or_conv(f'{part}.{_part_name(path)}', (part, *path))
+  return names
+
+
+def _norm_or_conv(name, path):
+  """What a torch module's weight and bias are called here, and how they are laid out."""
+  if '.norm' in name:
+    return {f'{name}.weight': Place((*path, 'norm', 'scale'), SAME),
+            f'{name}.bias': Place((*path, 'norm', 'bias'), SAME)}
+  return {f'{name}.weight': Place((*path, 'kernel'), CONV), f'{name}.bias': Place((*path, 'bias'), SAME)}
 
 
 def _part_name(path):
@@ -42,67 +127,18 @@ def _part_name(path):
   return re.sub(r'(attn[._]\d+)\.proj$', r'\1.proj_out', name)
 
 
-def _phi_name(i, phi_layers, scales):
-  if phi_layers == 1:
-    return 'quantize.quant_resi.qresi'
-  return f'quantize.quant_resi.{i}' if phi_layers == scales and phi_layers != 4 else f'quantize.quant_resi.qresi_ls.{i}'
-
-
-def tokenizer_names(params, phi_layers, scales, phi_each=None):
-  """{torch name: (path in params, layout)} for a tokenizer's parameters. phi_each: one phi per scale (K may be 4)."""
-  names = {'quantize.embedding.weight': (('quantizer', 'codebook'), _same)}
-  for i in range(phi_layers):
-    name = f'quantize.quant_resi.{i}' if phi_each else _phi_name(i, phi_layers, scales)
-    names |= _norm_and_conv(name, ('quantizer', f'phi_{i}'))
-  for name in ('quant_conv', 'post_quant_conv'):
-    names |= _norm_and_conv(name, (name,))
-  for part in ('encoder', 'decoder'):
-    leaves = jax.tree_util.tree_flatten_with_path(params[part])[0]
-    modules = dict.fromkeys(tuple(p.key for p in path[:-1]) for path, _ in leaves)
-    for path in modules:
-      path = path[:-1] if path[-1] == 'norm' and path[-2].startswith('norm') or path[-2:] == ('norm', 'norm') else path
-      names |= _norm_and_conv(f'{part}.{_part_name(path)}', (part, *path))
-  return names
-
-
-_BLOCK = {
-    'attn.scale_mul_1H11': (('attention', 'log_scale'), np.ravel),
-    'attn.q_bias': (('attention', 'q_bias'), _same),
-    'attn.v_bias': (('attention', 'v_bias'), _same),
-    'attn.mat_qkv.weight': (('attention', 'qkv', 'kernel'), _dense),
-    'attn.proj.weight': (('attention', 'proj', 'kernel'), _dense),
-    'attn.proj.bias': (('attention', 'proj', 'bias'), _same),
-    'ffn.fc1.weight': (('fc1', 'kernel'), _dense),
-    'ffn.fc1.bias': (('fc1', 'bias'), _same),
-    'ffn.fc2.weight': (('fc2', 'kernel'), _dense),
-    'ffn.fc2.bias': (('fc2', 'bias'), _same),
-    'ada_lin.1.weight': (('adaln', 'kernel'), _dense),
-    'ada_lin.1.bias': (('adaln', 'bias'), _same),
-    'ada_gss': (('adaln',), lambda x: x[0, 0]),
-}
-
-_OUTSIDE = {
-    'pos_start': (('start',), lambda x: x[0]),
-    'pos_1LC': (('position',), lambda x: x[0]),
-    'word_embed.weight': (('word_embed', 'kernel'), _dense),
-    'word_embed.bias': (('word_embed', 'bias'), _same),
-    'class_emb.weight': (('class_embedding',), _same),
-    'lvl_embed.weight': (('level_embedding',), _same),
-    'shared_ada_lin.1.weight': (('shared', 'kernel'), _dense),
-    'shared_ada_lin.1.bias': (('shared', 'bias'), _same),
-    'head_nm.ada_lin.1.weight': (('head_adaln', 'kernel'), _dense),
-    'head_nm.ada_lin.1.bias': (('head_adaln', 'bias'), _same),
-    'head.weight': (('head', 'kernel'), _dense),
-    'head.bias': (('head', 'bias'), _same),
-}
+def _has(tree, path):
+  for key in path:
+    if not isinstance(tree, dict) or key not in tree:
+      return False
+    tree = tree[key]
+  return not isinstance(tree, dict)
 
 
 def _get(tree, path):
   for key in path:
-    if not isinstance(tree, dict) or key not in tree:
-      return None
     tree = tree[key]
-  return None if isinstance(tree, dict) else tree
+  return tree
 
 
 def _set(tree, path, value):
@@ -111,41 +147,39 @@ def _set(tree, path, value):
   tree[path[-1]] = value
 
 
-def _take(tensors, name, layout, shape):
-  if name not in tensors:
-    raise UserError(f'the checkpoint lacks the tensor {name}: is it the file for this network?')
-  value = layout(np.asarray(tensors[name]))
-  if value.shape != tuple(shape):
-    raise UserError(f'tensor {name} has shape {tensors[name].shape}, which does not fit the expected {tuple(shape)}')
-  return value
+def from_published(tensors, names, shapes, what):
+  """{torch name: array} -> float32 parameters. shapes: ours, for checking; what: the model's name in messages.
+
+  Every tensor is accounted for: UserError that names the missing, extra and misshapen ones.
+  """
+  wanted = {}
+  for name, (path, layout, block) in names.items():
+    shape = _get(shapes, path).shape
+    wanted[name] = layout.write(np.broadcast_to(np.float32(0), shape if block is None else shape[1:])).shape
+  weights = {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name)}
+  weights = match_shapes(weights, wanted, what)
+  params = jax.tree.map(lambda like: np.empty(like.shape, np.float32), shapes)
+  for name, (path, layout, block) in names.items():
+    _get(params, path)[... if block is None else block] = layout.read(np.asarray(weights[name]))
+  return params
 
 
-def _refuse_extra(tensors, used):
-  extra = sorted(name for name in tensors if name not in used and not BUFFERS.search(name))
-  if extra:
-    raise UserError(f'the checkpoint holds {len(extra)} tensors that the network has no place for: {extra[0]}, …')
-
-
-def import_tokenizer(tensors, params, *, phi_layers, scales, phi_each=None):
-  """{torch name: array} -> parameters of `Tokenizer`. params: its parameters or their shapes, for checking."""
-  names, out = tokenizer_names(params, phi_layers, scales, phi_each), {}
-  for name, (path, layout) in names.items():
-    _set(out, path, _take(tensors, name, layout, _get(params, path).shape))
-  _refuse_extra(tensors, names)
+def to_published(params, names):
+  """Parameters -> {torch name: float32 array}, without the buffers."""
+  out = {}
+  for name, (path, layout, block) in names.items():
+    value = np.asarray(_get(params, path))
+    out[name] = layout.write(value if block is None else value[block])
   return out
 
 
-def import_generator(tensors, params, *, depth):
-  """{torch name: array} -> parameters of `Generator`, the blocks stacked. params: its parameters or their shapes."""
-  out, used = {}, set()
-  for name, (path, layout) in _OUTSIDE.items():
-    if (like := _get(params, path)) is not None:
-      _set(out, path, _take(tensors, name, layout, like.shape))
-      used.add(name)
-  for name, (path, layout) in _BLOCK.items():
-    if (like := _get(params, ('blocks', *path))) is not None:
-      each = [f'blocks.{i}.{name}' for i in range(depth)]
-      _set(out, ('blocks', *path), np.stack([_take(tensors, n, layout, like.shape[1:]) for n in each]))
-      used.update(each)
-  _refuse_extra(tensors, used)
-  return out
+def generator_buffers(pyramid, width, depth):
+  """The buffers of a published generator's checkpoint, {name: array}: levels, mask, and the bias that keys lack."""
+  mask_LxL = np.where(pyramid.visible_LxL, np.float32(0), np.float32(-np.inf))
+  zeros = {f'blocks.{i}.attn.zero_k_bias': np.zeros(width, np.float32) for i in range(depth)}
+  return {'lvl_1L': pyramid.level_L[None].astype(np.int64), 'attn_bias_for_masking': mask_LxL[None, None], **zeros}
+
+
+def tokenizer_buffers(pyramid, codes):
+  """The buffer of a published tokenizer's checkpoint: how often each code was hit at each scale, not counted here."""
+  return {'quantize.ema_vocab_hit_SV': np.zeros((len(pyramid), codes), np.float32)}

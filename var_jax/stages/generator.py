@@ -15,26 +15,30 @@ from var_jax.training.state import TrainState, accumulated
 class GeneratorStage:
   """Trains a `Generator`. See `training.loop.train` for what the loop asks of a stage.
 
-  fingerprint: of the tokenizer's parameters; every checkpoint carries it.
+  fingerprint: of the tokenizer's parameters; every checkpoint carries it. initial: parameters to begin with, None for
+  new ones.
   """
 
   name = 'generator'
 
-  def __init__(self, config, generator, tokenizer, tokenizer_params, fingerprint, steps):
+  def __init__(self, config, generator, tokenizer, tokenizer_params, fingerprint, steps, initial=None):
     self.config, self.generator, self.tokenizer, self.steps = config, generator, tokenizer, steps
     self.image_size = tokenizer.image_size
     self.tokenizer_params = tokenizer_params
     self.metadata = {'tokenizer': fingerprint}
-    self.optimizer = optimizer_lib.from_config(config.optimizer, steps)
+    self.optimizer = optimizer_lib.from_config(config.optimizer, steps, config.freeze)
+    self.initial = initial
 
   def init(self):
     """The state before the first step."""
-    generator, key = self.generator, jax.random.key(self.config.seed)
-    pyramid = generator.pyramid
-    teacher = jnp.zeros((1, pyramid.length - pyramid.sizes[0], generator.channels))
-    params = jax.jit(generator.init)(jax.random.fold_in(key, 0), jnp.zeros(1, jnp.int32), teacher)['params']
+    params = self.initial or self._new()
     frozen = {'tokenizer': self.tokenizer_params}
     return TrainState.create(self.config.seed, params, self.optimizer, ema=bool(self.config.ema), frozen=frozen)
+
+  def _new(self):
+    generator, key = self.generator, jax.random.fold_in(jax.random.key(self.config.seed), 0)
+    teacher = jnp.zeros((1, generator.pyramid.length - generator.pyramid.sizes[0], generator.channels))
+    return jax.jit(generator.init)(key, jnp.zeros(1, jnp.int32), teacher)['params']
 
   def check_metadata(self, metadata):
     """Raises UserError when a checkpoint was trained on another tokenizer's tokens."""

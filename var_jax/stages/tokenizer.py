@@ -15,15 +15,19 @@ from var_jax.training.state import TrainState, accumulated
 
 
 class TokenizerStage:
-  """Trains a `Tokenizer`. See `training.loop.train` for what the loop asks of a stage."""
+  """Trains a `Tokenizer`. See `training.loop.train` for what the loop asks of a stage.
+
+  initial: parameters to begin with, None for new ones.
+  """
 
   name = 'tokenizer'
   metadata = {}
 
-  def __init__(self, config, tokenizer, steps):
+  def __init__(self, config, tokenizer, steps, initial=None):
     self.config, self.tokenizer, self.steps = config, tokenizer, steps
     self.image_size = tokenizer.image_size
-    self.optimizer = optimizer_lib.from_config(config.optimizer, steps)
+    self.optimizer = optimizer_lib.from_config(config.optimizer, steps, config.freeze)
+    self.initial = initial
     self.discriminator = PatchDiscriminator(config.loss.discriminator_ch, dtype=tokenizer.dtype)
     self.discriminator_optimizer = optimizer_lib.adamw(config.loss.discriminator_lr, betas=(0.5, 0.9), clip=1.0)
     if config.loss.lpips and not config.loss.lpips_weights:
@@ -34,7 +38,7 @@ class TokenizerStage:
     """The state before the first step."""
     config, image = self.config, jnp.zeros((1, *self.image_size, 3))
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    params = jax.jit(self.tokenizer.init)(key, image)['params']
+    params = self.initial or jax.jit(self.tokenizer.init)(key, image)['params']
     extra = {}
     if config.loss.adversarial:
       extra['discriminator'] = jax.jit(self.discriminator.init)(jax.random.fold_in(key, 1), image)['params']

@@ -91,11 +91,14 @@ class MultiScaleQuantizer(nn.Module):
     """
     latent = latent_BxHxWxC.astype(jnp.float32)
     chex.assert_shape(latent, (None, *self.pyramid.last, self.channels))
+    if self.is_initializing():  # few scales leave some phis without use, which have parameters all the same
+      for phi in self.phis:
+        phi(latent)
     fixed = jax.lax.stop_gradient(latent)
     decoded, losses, tokens, residuals, sums = jnp.zeros_like(fixed), [], [], [], []
     for k in range(len(self.pyramid)):
       residuals.append(self.shrink(jax.lax.stop_gradient(fixed - decoded), k))
-      tokens.append(self._nearest(residuals[-1].reshape(-1, self.channels)).reshape(len(latent), -1))
+      tokens.append(self._nearest(residuals[-1].reshape(-1, self.channels)).reshape(latent.shape[0], -1))
       decoded = decoded + self.expand(self.lookup(tokens[-1]), k)
       sums.append(decoded)
       commitment = jnp.mean((jax.lax.stop_gradient(decoded) - latent) ** 2)

@@ -105,13 +105,27 @@ class Checkpoints:
     items, _, metadata = loaded
     return _joined(items['model'], items['training'], like.frozen), metadata
 
-  def restore_model(self, like, sharding):
-    """(parameters, step, metadata) of the newest readable checkpoint; UserError when there is none."""
-    loaded = self._newest_readable({'model': _abstract(like, sharding)})
+  def restore_model(self, like, sharding, raw=False):
+    """(parameters, step, metadata) of the newest readable checkpoint; UserError when there is none.
+
+    raw: the parameters themselves, where `model` holds their average.
+    """
+    like = _abstract(like, sharding)
+    loaded = self._newest_readable({'model': like})
     if loaded is None:
       raise UserError(f'no checkpoint in {self.folder}: train first, or point --workdir at a workdir that has one')
     items, step, metadata = loaded
-    return items['model'], step, metadata
+    return self._raw(step, like) if raw else items['model'], step, metadata
+
+  def _raw(self, step, like):
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+      with context, _quiet():
+        return ocp.load(self.folder / str(step), {'params': like}, checkpointable_name='training')['params']
+    except Exception as error:  # whatever a missing part makes orbax raise
+      raise UserError(f'checkpoint {step} in {self.folder} keeps no raw parameters beside their average: '
+                      'leave --raw out') from error
 
   def _newest_readable(self, wanted):
     steps, reasons = self.steps(), []
@@ -146,6 +160,15 @@ class Checkpoints:
     """Ends orbax's threads. Errors of a save have been raised by then."""
     with contextlib.suppress(Exception), _quiet():
       self._orbax.close()
+
+
+def save_params(folder, params):
+  """Writes parameters alone as an orbax checkpoint, for other programs: `ocp.load(folder)` gives nested dicts."""
+  try:
+    with _quiet():
+      ocp.save(pathlib.Path(folder).absolute(), params)
+  except Exception as error:  # see Checkpoints._write
+    raise UserError(f'could not write {folder} ({_first_line(error)}): free some space') from error
 
 
 def _first_line(error):

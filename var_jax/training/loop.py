@@ -10,6 +10,7 @@ import signal
 import jax
 import numpy as np
 
+from var_jax import progress
 from var_jax.data import pipeline
 from var_jax.errors import UserError, note
 from var_jax.training import mesh as mesh_lib
@@ -61,7 +62,7 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note):
     writer = metrics_lib.Writer(workdir, start)
     batches = pipeline.train_batches(source, start=start, **_data_options(config, stage))
     evaluate = _Evaluation(stage, config, validation, mesh, writer, workdir)
-    bar = metrics_lib.progress_bar(stage.steps, start, stage.name)
+    bar = progress.bar(title=stage.name, unit='step', total=stage.steps, initial=start, delay=0)
     try:
       return _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop)
     finally:

@@ -1,14 +1,12 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard and the progress bar."""
+"""Where a run's numbers go: `metrics.jsonl` and TensorBoard."""
 
 import json
 import math
 import pathlib
-import sys
 import time
 
 import numpy as np
 import tensorboardX
-import tqdm
 from PIL import Image
 
 
@@ -68,9 +66,3 @@ class Mean:
     values['steps_per_second'] = self._count / max(time.monotonic() - self._since, 1e-9)
     self.__init__()
     return values
-
-
-def progress_bar(steps, start, title, unit='step'):
-  """A tqdm bar on stderr; in a log file it speaks once in half a minute."""
-  slow = 0.5 if sys.stderr.isatty() else 30
-  return tqdm.tqdm(total=steps, initial=start, desc=title, unit=unit, mininterval=slow, dynamic_ncols=True)

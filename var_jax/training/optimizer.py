@@ -1,8 +1,12 @@
 """AdamW with the published schedules for learning rate and weight decay."""
 
+import fnmatch
+
 import jax
 import jax.numpy as jnp
 import optax
+
+from var_jax.errors import UserError
 
 SCHEDULES = ('cos', 'lin', 'lin0', 'lin00', 'exp')
 
@@ -49,9 +53,36 @@ def adamw(rate, decay=0.0, betas=(0.9, 0.95), eps=1e-8, clip=0.0):
   )
 
 
-def from_config(config, steps):
-  """The optimizer of `config.optimizer` (see configs.py) for a run of `steps` steps."""
+def frozen_names(params, patterns):
+  """Names 'a/b/c' of the parameters that comma-separated patterns name; UserError for a pattern without a match."""
+  names = ['/'.join(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+  found = set()
+  for pattern in filter(None, patterns.split(',')):
+    matches = fnmatch.filter(names, pattern)
+    if not matches:
+      tops = sorted({name.split('/')[0] for name in names})
+      raise UserError(f'freeze={pattern!r} names no parameter: use patterns such as {tops[0]}/*; there are '
+                      f'{", ".join(tops)}')
+    found.update(matches)
+  return found
+
+
+def freeze(optimizer, patterns):
+  """The optimizer for all parameters but those that comma-separated patterns name, which stay as they are."""
+  if not patterns:
+    return optimizer
+
+  def labels(params):
+    frozen = frozen_names(params, patterns)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: 'frozen' if '/'.join(key.key for key in path) in frozen else 'trained', params)
+
+  return optax.partition({'trained': optimizer, 'frozen': optax.set_to_zero()}, labels)
+
+
+def from_config(config, steps, frozen=''):
+  """The optimizer of `config.optimizer` (see configs.py) for a run of `steps` steps; frozen: see `freeze`."""
   rate = learning_rate(
       config.schedule, config.peak_lr, steps, round(config.warmup * steps), config.start_ratio, config.end_ratio)
   decay = weight_decay(config.decay, config.decay_end, steps)
-  return adamw(rate, decay, tuple(config.betas), clip=config.clip)
+  return freeze(adamw(rate, decay, tuple(config.betas), clip=config.clip), frozen)

@@ -1,0 +1,335 @@
+"""Evaluation through the command: known sets give known figures, on any device count; samples that go on; bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import golden_files
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+from tiny_runs import ROOT, train_both
+
+import var_jax
+from var_jax.__main__ import main
+from var_jax.errors import UserError
+from var_jax.evaluation import fid, image_sets, measures, reconstruction
+from var_jax.evaluation.drawing import draw
+from var_jax.training import mesh as mesh_lib
+
+
+@pytest.fixture(scope='module')
+def workdirs(tmp_path_factory):
+  _, tokenizer, generator = train_both(tmp_path_factory)
+  return tokenizer, generator
+
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+def test_inception_score_of_known_distributions():
+  """Sure and even over C classes: C. The same answer always: 1. Splits are averaged."""
+  sure = 50 * np.eye(10)[np.arange(40) % 10]
+  np.testing.assert_allclose(measures.inception_score(sure), 10, rtol=1e-6)
+  np.testing.assert_allclose(measures.inception_score(np.ones((40, 10)) * 3), 1, rtol=1e-9)
+  halves = np.concatenate([sure[:20], np.zeros((20, 10))])
+  np.testing.assert_allclose(measures.inception_score(halves, split=20), (10 + 1) / 2, rtol=1e-6)
+
+
+def test_precision_and_recall_against_their_definition():
+  rng = np.random.default_rng(0)
+  a, b = rng.normal(size=(60, 5)), rng.normal(size=(40, 5)) * 0.5 + 0.3
+
+  def within(centres, points):
+    d = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
+    radius = np.sort(d, axis=1)[:, 3]
+    return np.mean((np.linalg.norm(points[:, None] - centres[None], axis=-1) <= radius).any(1))
+
+  for block in (7, 2048):
+    assert measures.precision_recall(a, b, block=block) == pytest.approx((within(a, b), within(b, a)))
+  assert measures.precision_recall(a, a + 100) == (0, 0) and measures.precision_recall(a, a) == (1, 1)
+  with pytest.raises(UserError, match='3 sample images'):
+    measures.precision_recall(a, b[:3])
+
+
+def test_ssim_of_known_images():
+  rng = np.random.default_rng(0)
+  x = rng.integers(0, 256, (2, 24, 20, 3), np.uint8)
+  np.testing.assert_allclose(reconstruction.ssim(x, x), 1)
+  flat, other = np.full((1, 16, 16, 3), 100, np.uint8), np.full((1, 16, 16, 3), 150, np.uint8)
+  c1 = (0.01 * 255)**2
+  expected = (2 * 100 * 150 + c1) / (100**2 + 150**2 + c1)  # no structure: the luminance term alone
+  np.testing.assert_allclose(reconstruction.ssim(flat, other), expected, rtol=1e-9)
+  assert (reconstruction.ssim(x, 255 - x) < 0.1).all() and reconstruction.ssim(x[:, :6, :8], x[:, :6, :8]).shape == (2,)
+
+
+# --- image sets ------------------------------------------------------------------------------------------------------
+
+
+def some_images(count, size=16, seed=0):
+  """Smooth coloured pictures that differ from each other."""
+  rng = np.random.default_rng(seed)
+  small = rng.integers(0, 256, (count, 4, 4, 3), np.uint8)
+  return np.stack([np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BILINEAR)) for x in small])
+
+
+@pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
+def test_npz_and_folder_give_the_same_images(tmp_path, save):
+  images = some_images(7)
+  save(tmp_path / 'x.npz', labels=np.arange(7), arr_0=images)
+  (tmp_path / 'folder/sub').mkdir(parents=True)
+  for i, image in enumerate(images):
+    Image.fromarray(image).save(tmp_path / 'folder' / ('sub' if i > 4 else '') / f's{i}.png')
+  for name in ('x.npz', 'folder'):
+    opened = image_sets.open_images(tmp_path / name)
+    assert (opened.count, tuple(opened.size)) == (7, (16, 16))
+    batches = list(opened.batches(3))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate(batches), images)
+
+
+def test_what_holds_no_images_is_told(tmp_path):
+  np.savez(tmp_path / 'float.npz', arr_0=np.full((3, 8, 8, 3), np.nan, np.float32))
+  np.savez(tmp_path / 'grey.npz', arr_0=np.zeros((3, 8, 8), np.uint8))
+  np.savez(tmp_path / 'other.npz', images=np.zeros((3, 8, 8, 3), np.uint8))
+  (tmp_path / 'html.npz').write_text('<html>')
+  np.savez(tmp_path / 'cut.npz', arr_0=some_images(40))
+  content = (tmp_path / 'cut.npz').read_bytes()
+  (tmp_path / 'cut.npz').write_bytes(content[:len(content) // 2])
+  (tmp_path / 'sizes').mkdir()
+  (tmp_path / 'empty').mkdir()
+  for i, size in enumerate((8, 9)):
+    Image.fromarray(some_images(1, size)[0]).save(tmp_path / f'sizes/{i}.png')
+  for name, word in (('float.npz', 'float32'), ('grey.npz', 'N, H, W, 3'), ('other.npz', 'arr_0'),
+                     ('html.npz', 'no .npz'), ('cut.npz', 'truncated'), ('sizes', '9x9'), ('empty', 'no images'),
+                     ('none.npz', 'none.npz')):
+    with pytest.raises(UserError, match=word):
+      list(image_sets.open_images(tmp_path / name).batches(2))
+
+
+# --- the command, with the Inception ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+  file = tmp_path_factory.mktemp('weights') / 'inception.safetensors'
+  safetensors.numpy.save_file(golden_files.weights('', 'inception_manifest.json')[1], file)
+  return file
+
+
+@pytest.fixture(scope='module')
+def sets(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('sets')
+  np.savez(folder / 'samples.npz', arr_0=some_images(9, seed=1))
+  np.savez(folder / 'reference.npz', arr_0=some_images(11, seed=2))
+  return folder
+
+
+def evaluate(out, *options):
+  assert main(['evaluate', *options, f'--out={out}']) == 0
+  return json.loads(out.read_text())
+
+
+def test_figures_are_those_of_the_features(weights, sets, tmp_path, capsys):
+  """By the definitions, from the features in another order and with other filling."""
+  samples, reference = f'--samples={sets / "samples.npz"}', f'--reference={sets / "reference.npz"}'
+  common = ['--features=inception', f'--weights={weights}', '--resize=half_pixel']
+  figures = evaluate(tmp_path / 'x.json', samples, reference, *common)
+  assert json.loads(capsys.readouterr().out) == figures
+  run, found = fid.inception_extractor(weights, 'half_pixel').run, []
+  for count, seed in ((9, 1), (11, 2)):
+    features = run(np.resize(some_images(count, seed=seed), (16, 16, 16, 3))[::-1])
+    found.append({name: x[::-1][:count] for name, x in features.items()})
+  a, b = found
+
+  assert figures['fid'] == pytest.approx(distance(a['pool'], b['pool']), rel=1e-6)
+  assert figures['sfid'] == pytest.approx(distance(a['spatial'], b['spatial']), rel=1e-6)
+  assert figures['inception_score'] == pytest.approx(measures.inception_score(a['logits']), rel=1e-5)
+  assert figures['samples'] == 9 and figures['resize'] == 'half_pixel'
+  precision, recall = measures.precision_recall(b['pool'], a['pool'])
+  assert (figures['precision'], figures['recall']) == (precision, recall)
+
+
+def distance(x, y):
+  """The Fréchet distance from the rows themselves: tr((S1 S2)^(1/2)) is the sum of the singular values of X Y^T."""
+  mean_x, mean_y = (np.float64(z).mean(0) for z in (x, y))
+  x, y = ((np.float64(z) - z.mean(0, dtype=np.float64)) / np.sqrt(len(z) - 1) for z in (x, y))
+  root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+  return ((mean_x - mean_y)**2).sum() + (x**2).sum() + (y**2).sum() - 2 * root
+
+
+def test_statistics_in_place_of_images(weights, sets, tmp_path):
+  """As the published reference files have them, with or without images beside."""
+  extractor = fid.inception_extractor(weights, 'tf1')
+  gathered = fid.gather(image_sets.open_images(sets / 'reference.npz'), extractor)
+  np.savez(tmp_path / 'both.npz', mu=gathered.pool[0], sigma=gathered.pool[1], mu_s=gathered.spatial[0],
+           sigma_s=gathered.spatial[1], arr_0=some_images(11, seed=2))
+  np.savez(tmp_path / 'stats.npz', mu=gathered.pool[0], sigma=gathered.pool[1])
+  common = [f'--samples={sets / "samples.npz"}', f'--weights={weights}']
+  images = evaluate(tmp_path / 'x.json', *common, f'--reference={sets / "reference.npz"}')
+  both = evaluate(tmp_path / 'x.json', *common, f'--reference={tmp_path / "both.npz"}')
+  assert both.pop('resize') == images.pop('resize') and both == pytest.approx(images, rel=1e-6)
+  alone = evaluate(tmp_path / 'x.json', *common, f'--reference={tmp_path / "stats.npz"}')
+  assert alone.keys() == {'samples', 'resize', 'fid', 'inception_score'}
+  assert alone['fid'] == pytest.approx(images['fid'])
+
+
+@pytest.mark.slow
+def test_figures_do_not_depend_on_the_devices(weights, sets, monkeypatch):
+  """1, 2 and 8 devices; 9 and 11 images fill no batch."""
+  found = []
+  make = mesh_lib.make_mesh
+  for count in (1, 2, 8):
+    monkeypatch.setattr(mesh_lib, 'make_mesh', lambda devices=None: make(jax.devices()[:count]))
+    extractor = fid.inception_extractor(weights, 'tf1')
+    assert extractor.devices == count
+    found.append(fid.compare(*(fid.gather(image_sets.open_images(sets / f'{name}.npz'), extractor)
+                               for name in ('samples', 'reference'))))
+  assert found[1] == pytest.approx(found[0], rel=1e-6) and found[2] == pytest.approx(found[0], rel=1e-6)
+
+
+# --- the command, with a workdir -------------------------------------------------------------------------------------
+
+
+def test_generator_is_judged_and_the_judge_is_kept(workdirs, tmp_path, capfd):
+  generator = tmp_path / 'g'
+  shutil.copytree(workdirs[1], generator)
+  command = [f'--workdir={generator}', '--per_class=2']
+  figures = evaluate(tmp_path / 'x.json', *command)
+  assert figures['samples'] == 20 and figures['judge_accuracy_on_real_images'] > 0.8
+  assert {'samples_judged_as_their_class', 'classifier_frechet_distance', 'classifier_precision', 'classifier_recall',
+          'validation_loss', 'validation_accuracy_scale_2'} < figures.keys()
+  assert not {'fid', 'precision'} & figures.keys()
+  capfd.readouterr()
+  assert evaluate(tmp_path / 'x.json', *command) == figures
+  assert 'judge:' not in capfd.readouterr().err  # its training has a progress bar
+  given = evaluate(tmp_path / 'x.json', f'--workdir={generator}', f'--samples={generator / "evaluation_samples.npz"}')
+  assert given.items() < figures.items()
+
+
+def test_own_data_are_the_reference_and_kept(workdirs, weights, tmp_path, monkeypatch):
+  generator = tmp_path / 'g'
+  shutil.copytree(workdirs[1], generator)
+  (tmp_path / 'few').mkdir()
+  config = json.loads((generator / 'config.json').read_text())
+  x, y = some_images(12, 8), np.arange(12) % 10
+  np.savez(tmp_path / 'few.npz', x_train=x, y_train=y, x_test=x, y_test=y)
+  config['data'] |= {'source': 'arrays', 'path': str(tmp_path / 'few.npz')}
+  (generator / 'config.json').write_text(json.dumps(config))
+  command = [f'--workdir={generator}', '--per_class=1', f'--weights={weights}']
+  figures = evaluate(tmp_path / 'x.json', *command)
+  assert {'fid', 'sfid', 'inception_score', 'precision', 'recall', 'validation_loss'} < figures.keys()
+  assert len(list(generator.glob('reference_*.npz'))) == 1
+  monkeypatch.setattr(image_sets.SourceImages, 'batches', None)  # the second time it is not read again
+  given = f'--samples={generator / "evaluation_samples.npz"}'
+  again = evaluate(tmp_path / 'x.json', command[0], command[2], given)
+  assert again.pop('resize') == figures['resize']
+  assert again == pytest.approx({name: figures[name] for name in again}, rel=1e-6)
+
+
+def test_tokenizer_is_measured(workdirs, weights, tmp_path, capsys):
+  figures = evaluate(tmp_path / 'x.json', f'--workdir={workdirs[0]}')
+  assert figures['images'] == 297 and 0 < figures['psnr'] < 40 and -1 < figures['ssim'] < 1
+  assert {'usage_4x4', 'perplexity_1x1'} < figures.keys() and 'rfid' not in figures
+
+
+# --- many samples ----------------------------------------------------------------------------------------------------
+
+
+CHOICES = dict(cfg=1.5, top_k=0, top_p=0.9, temperature=1.0, smooth=False)
+
+
+class Stopped(Exception):
+  pass
+
+
+def test_interrupted_drawing_goes_on_without_repeating_or_losing_one(workdirs, tmp_path, monkeypatch, capsys):
+  model, labels = var_jax.load(workdirs[1]), np.arange(21) % 10
+  draw(model, labels, 3, tmp_path / 'straight.npz', CHOICES, 8)
+  calls, sample = [], model.sample
+
+  def count(labels, seed, *, first, **options):
+    calls.append(first)
+    if len(calls) == 2:
+      raise Stopped
+    return sample(labels, seed, first=first, **options)
+
+  monkeypatch.setattr(model, 'sample', count)
+  with pytest.raises(Stopped):
+    draw(model, labels, 3, tmp_path / 'x.npz', CHOICES, 8)
+  assert not (tmp_path / 'x.npz').exists()
+  draw(model, labels, 3, tmp_path / 'x.npz', CHOICES, 8)
+  assert calls == [0, 8, 8, 16] and '8 of 21' in capsys.readouterr().err
+  with np.load(tmp_path / 'x.npz') as resumed, np.load(tmp_path / 'straight.npz') as straight:
+    assert set(resumed.files) == {'arr_0', 'labels', 'tokens'}
+    for name in resumed.files:
+      np.testing.assert_array_equal(resumed[name], straight[name])
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['straight.npz', 'x.npz']  # nothing is left behind
+
+
+def test_another_call_begins_anew(workdirs, tmp_path, monkeypatch):
+  model, labels = var_jax.load(workdirs[1]), np.arange(21) % 10
+  sample = model.sample
+  monkeypatch.setattr(model, 'sample', lambda *args, first, **options: (
+      sample(*args, first=first, **options) if first == 0 else pytest.fail('stop')))
+  with pytest.raises(BaseException, match='stop'):
+    draw(model, labels, 3, tmp_path / 'x.npz', CHOICES, 8)
+  monkeypatch.setattr(model, 'sample', sample)
+  draw(model, labels, 4, tmp_path / 'x.npz', CHOICES, 8)
+  draw(model, labels, 4, tmp_path / 'straight.npz', CHOICES, 8)
+  with np.load(tmp_path / 'x.npz') as x, np.load(tmp_path / 'straight.npz') as straight:
+    np.testing.assert_array_equal(x['tokens'], straight['tokens'])
+
+
+def test_ten_thousand_pairs_in_constant_memory(tmp_path):
+  """The reader and the statistics, in a process of its own whose peak is measured, with features that cost nothing."""
+  program = '''
+import resource, sys, numpy as np
+from var_jax.evaluation import fid, image_sets
+extractor = fid.Extractor(lambda x: {"pool": x[:, ::32, ::32].reshape(len(x), -1).astype(np.float32)})
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fid.gather(image_sets.open_images(sys.argv[1]), extractor)
+before = peak()
+found = [fid.gather(image_sets.open_images(file), extractor) for file in sys.argv[2:]]
+print(peak() - before, found[0].count)
+'''
+  rng = np.random.default_rng(0)
+  np.savez(tmp_path / 'few.npz', arr_0=rng.integers(0, 256, (100, 64, 64, 3), np.uint8))
+  many = rng.integers(0, 256, (10_000, 64, 64, 3), np.uint8)
+  np.savez(tmp_path / 'a.npz', arr_0=many)
+  np.savez(tmp_path / 'b.npz', arr_0=many[::-1])
+  ran = subprocess.run([sys.executable, '-c', program, *(str(tmp_path / f) for f in ('few.npz', 'a.npz', 'b.npz'))],
+                       capture_output=True, text=True, cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+  assert ran.returncode == 0, ran.stderr
+  grown, count = map(int, ran.stdout.split())
+  assert count == 10_000 and grown < 20_000  # kB, where a set takes 123 MB
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('options, word', [
+    ([], '--workdir'), (['--samples=S'], '--workdir'), (['--samples=S', '--weights=W'], '--reference'),
+    (['--samples=S', '--reference=R', '--features=inception'], '--weights'),
+    (['--samples=S', '--reference=BIG', '--weights=W'], '32x32'),
+    (['--samples=ONE', '--reference=R', '--weights=W'], 'at least 2'),
+    (['--samples=FLOAT', '--reference=R', '--weights=W'], 'float32'),
+    (['--samples=S', '--reference=R', '--weights=VGG'], 'Inception'),
+    (['--samples=S', '--reference=none.npz', '--weights=W'], 'none.npz'),
+    (['--samples=S', '--reference=R', '--weights=W', '--resize=area'], 'area'),
+    (['--samples=S', '--reference=R', '--weights=W', '--out=x.txt'], '.json')])
+def test_what_cannot_be_evaluated_is_refused(weights, sets, tmp_path, capsys, options, word):
+  files = {'BIG': sets / 'big.npz', 'ONE': sets / 'one.npz', 'FLOAT': sets / 'float.npz', 'VGG': sets / 'v.safetensors',
+           'S': sets / 'samples.npz', 'R': sets / 'reference.npz', 'W': weights}
+  np.savez(files['BIG'], arr_0=some_images(4, 32))
+  np.savez(files['ONE'], arr_0=some_images(1))
+  np.savez(files['FLOAT'], arr_0=some_images(4).astype(np.float32))
+  safetensors.numpy.save_file({'features.0.weight': np.zeros(3, np.float32)}, files['VGG'])
+  arguments = [f'{flag}={files.get(value, value)}' for flag, value in (o.split('=', 1) for o in options)]
+  assert main(['evaluate', f'--out={tmp_path / "x.json"}', *arguments]) == 2
+  error = capsys.readouterr().err.strip()
+  assert word in error and '\n' not in error and not (tmp_path / 'x.json').exists()

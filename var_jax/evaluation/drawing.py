@@ -1,0 +1,113 @@
+"""Many samples to an .npz, batch by batch: in constant memory, and going on where an interrupted call stopped."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import zipfile
+
+import numpy as np
+
+from var_jax import progress as progress_lib
+from var_jax.errors import UserError, note
+from var_jax.model import check_choices
+from var_jax.workdir import fingerprint
+
+
+def draw(model, labels_N, seed, out, choices, batch_size=64):
+  """Writes `out`, an .npz with arr_0 (N, H, W, 3) uint8, labels (N,) and tokens (N, L), drawn by `Model.sample`.
+
+  choices: its keyword arguments. What is drawn is kept beside `out` until the file is whole; the same call takes it
+  up, another one begins anew. Raises UserError when the disk is full; what was drawn is kept then as well.
+  """
+  out, labels_N = pathlib.Path(out), model.check_labels(labels_N)
+  check_choices(**{name: choices[name] for name in ('cfg', 'top_k', 'top_p', 'temperature')})
+  part = out.with_name(f'.{out.name}.part')
+  try:
+    _draw(model, labels_N, seed, part, choices, batch_size)
+    whole = part / 'whole.npz'
+    with zipfile.ZipFile(whole, 'w', zipfile.ZIP_STORED, allowZip64=True) as file:
+      for name in ('arr_0', 'labels', 'tokens'):
+        file.write(part / f'{name}.npy', f'{name}.npy')
+    whole.replace(out)
+    shutil.rmtree(part)
+  except OSError as error:
+    if not (part / 'progress.json').exists():
+      shutil.rmtree(part, ignore_errors=True)
+    raise UserError(f'could not write {out} ({error.strerror or error}): free some space and run the same command '
+                    'again, it goes on where it stopped') from error
+
+
+def _draw(model, labels_N, seed, part, choices, batch_size):
+  """Fills the folder `part` with arr_0.npy, labels.npy and tokens.npy."""
+  count, progress = len(labels_N), part / 'progress.json'
+  identity = _identity(model, labels_N, seed, choices, batch_size)
+  done = _done(progress, identity)
+  if not done:
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    np.save(part / 'labels.npy', labels_N)
+  else:
+    note(f'{done} of {count} images are drawn already')
+  pyramid, size = model.tokenizer.pyramid, model.tokenizer.image_size
+  bar = progress_lib.bar(title='sampling', unit='image', total=count, initial=done)
+  with (bar, _Rows(part / 'arr_0.npy', np.uint8, (count, *size, 3), done) as images,
+        _Rows(part / 'tokens.npy', np.int32, (count, pyramid.length), done) as tokens):
+    for start in range(done, count, batch_size):
+      end = min(start + batch_size, count)
+      full = np.resize(labels_N[start:end], min(batch_size, count))  # the last batch too, or it would be compiled anew
+      drawn = model.sample(full, seed, first=start, batch_size=batch_size, **choices)
+      images.append(drawn.images[:end - start])
+      tokens.append(drawn.tokens[:end - start])
+      _write(progress, {'identity': identity, 'done': end})
+      bar.update(end - start)
+
+
+class _Rows:
+  """A .npy file that grows by rows, from row `done` on. Not mapped: that would crash on a full disk."""
+
+  def __init__(self, path, dtype, shape, done):
+    self._file = path.open('r+b' if done else 'wb')
+    if done:
+      np.lib.format.read_magic(self._file)
+      np.lib.format.read_array_header_1_0(self._file)
+      self._file.seek(done * int(np.prod(shape[1:])) * np.dtype(dtype).itemsize, os.SEEK_CUR)
+    else:
+      np.lib.format.write_array_header_1_0(
+          self._file, {'descr': np.lib.format.dtype_to_descr(np.dtype(dtype)), 'fortran_order': False, 'shape': shape})
+
+  def append(self, rows):
+    """Writes rows through to the disk."""
+    self._file.write(np.ascontiguousarray(rows).tobytes())
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    self._file.close()
+
+
+def _identity(model, labels_N, seed, choices, batch_size):
+  """A text that is the same for calls that draw the same."""
+  if len(labels_N) <= batch_size:
+    return ''  # done in one go, there is nothing to take up
+  labels = hashlib.sha256(labels_N.tobytes()).hexdigest()[:12]
+  return f'{fingerprint(model.params)} {labels} {seed} {sorted(choices.items())} {batch_size}'
+
+
+def _done(progress, identity):
+  """How many images an earlier call of the same identity has drawn."""
+  try:
+    found = json.loads(progress.read_text())
+  except (OSError, ValueError):
+    return 0
+  return found['done'] if identity and found.get('identity') == identity else 0
+
+
+def _write(path, content):
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(content))
+  temporary.replace(path)

@@ -1,0 +1,142 @@
+"""FID and its kin: what samples and a reference have in common in the features of a network.
+
+    extractor = inception_extractor('pt_inception.pth', 'tf1')
+    reference = gather(open_images('reference.npz'), extractor)
+    figures = compare(gather(open_images('samples.npz'), extractor), reference)
+"""
+
+import pathlib
+import zipfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from var_jax import progress
+from var_jax.errors import UserError
+from var_jax.evaluation import frechet, inception, measures
+from var_jax.training import mesh as mesh_lib
+
+PER_DEVICE = 32  # images at a time, at most
+
+
+class Extractor(NamedTuple):
+  """run: uint8 images (B, H, W, 3) -> {'pool': (B, D), perhaps 'spatial': (B, E) and 'logits': (B, C)}."""
+
+  run: Callable
+  devices: int = 1  # batches are multiples of that
+
+
+class Gathered(NamedTuple):
+  """What is kept of a set of images: statistics of pool and spatial features, and the rows that figures need."""
+
+  count: int
+  pool: tuple  # mean, covariance
+  spatial: tuple | None = None
+  pool_NxD: Any = None
+  logits_NxC: Any = None
+
+
+def inception_extractor(weights, resize):
+  """Extractor of the FID Inception, over all devices. weights: a file, see `inception.load`."""
+  mesh = mesh_lib.make_mesh()
+  params = mesh_lib.put_state(inception.load(weights), mesh)
+
+  @jax.jit
+  def features(params, images):
+    found = inception.features(params, images, resize)
+    return found['pool'], found['spatial'], found['logits_unbiased']
+
+  def run(images):
+    pool, spatial, logits = features(params, jax.device_put(images, mesh_lib.split(mesh)))
+    return {'pool': np.asarray(pool), 'spatial': np.asarray(spatial), 'logits': np.asarray(logits)}
+
+  return Extractor(run, mesh.size)
+
+
+def judge_extractor(judge):
+  """Extractor of a classifier that was trained on the real images (see `judge`): its hidden layer."""
+  return Extractor(lambda images: {'pool': judge.features(images)})
+
+
+class Gathering:
+  """Takes in `count` images batch by batch and gives a `Gathered`. batch_size: what the features are computed in."""
+
+  def __init__(self, extractor, count):
+    devices = extractor.devices
+    self.batch_size = min(PER_DEVICE, -(-count // devices)) * devices
+    self._extractor, self._moments, self._rows = extractor, {}, {}
+
+  def add(self, images_BxHxWx3):
+    """uint8 images, any number of them."""
+    size = self.batch_size
+    for start in range(0, len(images_BxHxWx3), size):
+      batch = images_BxHxWx3[start:start + size]
+      full = np.resize(batch, (size, *batch.shape[1:]))  # one shape, one compilation
+      for name, features in self._extractor.run(full).items():
+        features = features[:len(batch)]
+        if name != 'logits':
+          self._moments.setdefault(name, frechet.Moments()).add(features)
+        if name != 'spatial':
+          self._rows.setdefault(name, []).append(features)
+
+  def result(self):
+    """`Gathered`; UserError for fewer than 2 images."""
+    rows = {name: np.concatenate(parts) for name, parts in self._rows.items()}
+    spatial = self._moments['spatial'].result() if 'spatial' in self._moments else None
+    pool = self._moments['pool']
+    return Gathered(pool.count, pool.result(), spatial, rows['pool'], rows.get('logits'))
+
+
+def check_count(images):
+  """UserError for an image set of fewer than 2 images."""
+  if images.count < 2:
+    raise UserError(f'{images.count} image(s) are too few to evaluate: give at least 2, better 10,000')
+
+
+def gather(images, extractor, title='images'):
+  """Reads an image set (see `image_sets`) once, batch by batch: `Gathered`. UserError for fewer than 2 images."""
+  check_count(images)
+  gathering = Gathering(extractor, images.count)
+  with progress.bar(title=title, unit='image', total=images.count) as bar:
+    for batch in images.batches(gathering.batch_size):
+      gathering.add(batch)
+      bar.update(len(batch))
+  return gathering.result()
+
+
+def read_statistics(path):
+  """Gathered from an `.npz` of statistics (mu, sigma, perhaps mu_s, sigma_s and pool), or None when it holds none."""
+  if pathlib.Path(path).suffix != '.npz' or not pathlib.Path(path).is_file():
+    return None
+  try:
+    arrays = np.load(path)
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    return None  # whoever opens it as images says what is wrong
+  with arrays:
+    if 'mu' not in arrays.files or 'sigma' not in arrays.files:
+      return None
+    spatial = (arrays['mu_s'], arrays['sigma_s']) if 'mu_s' in arrays.files else None
+    rows = arrays['pool'] if 'pool' in arrays.files else None
+    return Gathered(0, (arrays['mu'], arrays['sigma']), spatial, rows)
+
+
+def write_statistics(path, gathered):
+  """Writes mu, sigma and, where there are spatial features, mu_s, sigma_s; and the pooled features as pool."""
+  arrays = dict(zip(('mu', 'sigma'), gathered.pool)) | {'pool': gathered.pool_NxD}
+  if gathered.spatial:
+    arrays |= dict(zip(('mu_s', 'sigma_s'), gathered.spatial))
+  np.savez(path, **arrays)
+
+
+def compare(samples, reference):
+  """{name: number} of two `Gathered`: fid and, of the features at hand, sfid, inception_score, precision, recall."""
+  figures = {'fid': frechet.frechet_distance(*reference.pool, *samples.pool)}
+  if samples.spatial and reference.spatial:
+    figures['sfid'] = frechet.frechet_distance(*reference.spatial, *samples.spatial)
+  if samples.logits_NxC is not None:
+    figures['inception_score'] = measures.inception_score(samples.logits_NxC)
+  if reference.pool_NxD is not None:
+    figures['precision'], figures['recall'] = measures.precision_recall(reference.pool_NxD, samples.pool_NxD)
+  return figures

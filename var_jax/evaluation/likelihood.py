@@ -1,0 +1,34 @@
+"""The generator's loss and accuracy on held-out images, teacher-forced, in total and per scale."""
+
+import jax
+import numpy as np
+
+from var_jax.data import pipeline
+from var_jax.data.sources import open_source
+from var_jax.generator import losses
+
+
+def figures(model, config, batch_size=64):
+  """{name: number}: mean cross entropy in nats a token, and accuracy, over all validation images of the config."""
+  tokenizer, generator = model.tokenizer, model.generator
+  source = open_source(config.data.source, config.data.path, 'validation')
+
+  @jax.jit
+  def means(params, images, labels, mask):
+    variables = {'params': params['tokenizer']}
+    tokens = tokenizer.apply(variables, images, method='encode')
+    teacher = tokenizer.apply(variables, tokens, method='teacher_input')
+    logits = generator.apply({'params': params['generator']}, labels, teacher)
+    return losses.summarize(logits, tokens, generator.pyramid, mask)
+
+  batches = pipeline.eval_batches(source, batch_size=batch_size, size=tokenizer.image_size, enlarge=config.data.enlarge)
+  sums, images = {}, 0
+  for batch in batches:
+    count = batch['mask'].sum()
+    for name, value in means(model.params, batch['image'], batch['label'], batch['mask']).items():
+      sums[name] = sums.get(name, 0.0) + float(value) * count
+    images += count
+  batches.close()
+  names = {name: name.replace('loss', 'validation_loss').replace('accuracy', 'validation_accuracy').replace('/', '_')
+           for name in sums if not name.endswith('last')}
+  return {'validation_images': int(images)} | {names[name]: float(np.float64(sums[name]) / images) for name in names}
