@@ -8,16 +8,21 @@ import sys
 
 import golden_files
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax import export
 from PIL import Image
 from tiny_runs import ROOT, train_both
 
 import var_jax
+from var_jax import workdir as workdir_lib
 from var_jax.__main__ import main
+from var_jax.data.images import fit
+from var_jax.data.sources import open_source
 from var_jax.errors import UserError
-from var_jax.evaluation import fid, image_sets, measures, reconstruction
+from var_jax.evaluation import fid, image_sets, measures, reconstruction, report
 from var_jax.evaluation.drawing import draw
 from var_jax.training import mesh as mesh_lib
 
@@ -333,3 +338,84 @@ def test_what_cannot_be_evaluated_is_refused(weights, sets, tmp_path, capsys, op
   assert main(['evaluate', f'--out={tmp_path / "x.json"}', *arguments]) == 2
   error = capsys.readouterr().err.strip()
   assert word in error and '\n' not in error and not (tmp_path / 'x.json').exists()
+
+
+def test_grid_compares_all_combinations(workdirs, tmp_path, capsys):
+  generator = tmp_path / 'g'
+  shutil.copytree(workdirs[1], generator)
+  figures = evaluate(tmp_path / 'x.json', f'--workdir={generator}', '--per_class=1', '--grid=cfg=0,3;top_k=1,9')
+  assert [(row['cfg'], row['top_k']) for row in figures['grid']] == [(0, 1), (0, 9), (3, 1), (3, 9)]
+  distances = [row['classifier_frechet_distance'] for row in figures['grid']]
+  assert len(set(distances)) > 1 and figures['best']['classifier_frechet_distance'] == min(distances)
+  assert Image.open(tmp_path / 'x.png').size[0] > 300
+  assert len(capsys.readouterr().err.strip().splitlines()) >= 5  # the table: a title and a line for each point
+  for wrong, word in (('cfg=a', 'cfg'), ('seed=1', 'seed'), ('cfg', 'cfg')):
+    assert main(['evaluate', f'--workdir={generator}', f'--grid={wrong}', f'--out={tmp_path / "y.json"}']) == 2
+    assert word in capsys.readouterr().err
+  assert main(['evaluate', f'--workdir={workdirs[0]}', '--grid=cfg=1', f'--out={tmp_path / "y.json"}']) == 2
+
+
+def test_report_is_one_file_with_every_part(workdirs, tmp_path):
+  for workdir, parts in ((workdirs[0], ['Training', 'Codebook', 'scale adds', 'Settings', 'Environment']),
+                         (workdirs[1], ['Samples', 'Nearest training images', 'validation loss'])):
+    copy = tmp_path / workdir.name
+    shutil.copytree(workdir, copy)
+    evaluate(tmp_path / 'x.json', f'--workdir={copy}', '--per_class=1')
+    page = (copy / 'report.html').read_text()
+    assert all(part in page for part in parts)
+    assert 'src="data:image/png;base64,' in page and 'http' not in page  # nothing is fetched
+
+
+def test_nearest_training_image_of_a_copy_is_the_original(workdirs):
+  """The neighbours' picture: in the row of a sample that was copied, the first neighbour equals it."""
+  config = workdir_lib.read_config(workdirs[1])
+  source = open_source('digits', '', 'train')
+  copied = np.stack([fit(source[i][0], (8, 8), enlarge=1) for i in (1, 700)])
+  tiles = report.neighbours(config, (8, 8), copied, np.arange(2))[0]
+  assert tiles.shape == (2, 6, 8, 8, 3)
+  np.testing.assert_array_equal(tiles[:, 0], copied)
+  np.testing.assert_array_equal(tiles[:, 1], copied)
+  assert (tiles[:, 2] != copied).any()
+
+
+def test_samples_are_measured_during_training_and_the_best_model_kept(workdirs, tmp_path):
+  """WORKDIR/best is a workdir, of the step with the lowest value so far; a resumed run remembers it."""
+  experiment = workdirs[0].parent / 'tiny.py'
+  command = ['train', f'--config={experiment}:generator', f'--workdir={tmp_path / "w"}',
+             f'--config.tokenizer={workdirs[0]}', '--config.measure.every=2', '--config.measure.per_class=1',
+             '--config.checkpoint_every=2', '--config.best=-samples/classifier_frechet_distance']
+  for steps in (4, 6):
+    assert main([*command, f'--config.steps={steps}']) == 0
+  lines = [json.loads(line) for line in (tmp_path / 'w/metrics.jsonl').read_text().splitlines()]
+  values = {line['step']: line['samples/classifier_frechet_distance'] for line in lines
+            if 'samples/classifier_frechet_distance' in line}
+  assert list(values) == [2, 4, 6]
+  best = max(values, key=values.get)
+  assert [p.name for p in (tmp_path / 'w/best/checkpoints').iterdir()] == [str(best)]
+  assert var_jax.load(tmp_path / 'w/best').sample([3]).images.shape == (1, 8, 8, 3)
+
+
+def test_best_of_several_is_what_the_classifier_is_surest_of(workdirs, tmp_path, capsys):
+  """With a classifier that finds an image the more its label's the brighter it is."""
+  (b,) = export.symbolic_shape('b')
+  bright = jax.jit(lambda x: jnp.where(jnp.arange(10) == 3, 0.01, 0.0) * x.astype(jnp.float32).mean((1, 2, 3))[:, None])
+  for size in (8, 9):
+    artifact = export.export(bright)(jax.ShapeDtypeStruct((b, size, size, 3), jnp.uint8))
+    (tmp_path / f'{size}.jaxexport').write_bytes(artifact.serialize())
+  command = ['sample', f'--workdir={workdirs[1]}', '--labels=3', '--seed=2', '--top_k=0', f'--out={tmp_path / "x.npz"}']
+  assert main([*command, '--num=12']) == 0
+  with np.load(tmp_path / 'x.npz') as x:
+    images = x['arr_0'].reshape(3, 4, 8, 8, 3)
+  wanted = images.mean((2, 3, 4)).argmax(axis=1)
+  assert main([*command, '--num=3', '--best_of=4', f'--classifier={tmp_path / "8.jaxexport"}', '--batch_size=12']) == 0
+  with np.load(tmp_path / 'x.npz') as x:
+    found = x['arr_0']
+  assert np.abs(found.astype(int) - images[np.arange(3), wanted]).max() <= 1
+  (tmp_path / 'none.jaxexport').write_text('nothing')
+  for options, word in ((['--best_of=4'], '--classifier'), (['--classifier=c'], '--best_of'),
+                        (['--best_of=2', f'--classifier={tmp_path / "none.jaxexport"}'], 'no readable'),
+                        (['--best_of=2', f'--classifier={tmp_path / "9.jaxexport"}'], '8x8')):
+    capsys.readouterr()
+    assert main([*command, *options]) == 2
+    error = capsys.readouterr().err.strip()
+    assert word in error and '\n' not in error

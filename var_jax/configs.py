@@ -34,6 +34,8 @@ def _common(stage):
       pictures_every=1000,
       checkpoint_every=1000,
       keep=2,                # newest checkpoints to keep
+      best='',               # keep the model of the lowest 'validation/loss' (or other scalar) in WORKDIR/best as well;
+                             # '-' before the name for the highest
       optimizer=dict(
           peak_lr=3e-4,
           schedule='lin0',   # cos, lin, lin0, lin00 or exp
@@ -110,6 +112,12 @@ def generator(depth=16):
       ramp=0.01,             # fraction of the run over which a new scale's weight grows
   )
   config.sample = dict(cfg=1.5, top_k=900, top_p=0.96)  # of the pictures drawn while training
+  config.measure = dict(
+      every=0,               # steps between evaluations of samples, as samples/NAME in the metrics; 0 for none
+      per_class=50,          # samples
+      inception='',          # weights of the FID Inception; without, a classifier of the training images compares
+      resize='tf1',          # for the Inception: tf1 or half_pixel
+  )
   return config
 
 

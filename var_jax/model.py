@@ -36,6 +36,11 @@ class Model:
     params = {'tokenizer': tokenizer_params} | ({'generator': generator_params} if generator else {})
     self.params = mesh_lib.put_state(params, self._mesh)
 
+  @property
+  def identity(self):
+    """A text that names the parameters."""
+    return workdir_lib.fingerprint(self.params)
+
   def __repr__(self):
     kind = 'tokenizer' if self.generator is None else f'generator of depth {self.generator.depth}'
     return f'Model({kind}, {"x".join(map(str, self.tokenizer.image_size))} px, {self.tokenizer.pyramid})'

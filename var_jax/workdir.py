@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,10 @@ from var_jax.pyramid import Pyramid
 from var_jax.tokenizer.tokenizer import Tokenizer
 from var_jax.training.checkpoint import Checkpoints
 
-RUN_ONLY = ('log_every', 'eval_every', 'eval_images', 'pictures_every', 'checkpoint_every', 'keep', 'steps', 'epochs',
-            'max_skipped_in_row', 'data.workers', 'data.path', 'tokenizer')  # free to change when a run is resumed
+RUN_ONLY = (  # free to change when a run is resumed
+    'log_every', 'eval_every', 'eval_images', 'pictures_every', 'checkpoint_every', 'keep', 'best', 'steps', 'epochs',
+    'max_skipped_in_row', 'measure.every', 'measure.per_class', 'measure.inception', 'measure.resize', 'data.workers',
+    'data.path', 'tokenizer')
 
 
 def fingerprint(params):
@@ -52,7 +55,7 @@ def check_config(workdir, config):
   if not (pathlib.Path(workdir) / 'config.json').exists():
     return []
   old, new = flatten_dict(read_config(workdir).to_dict(), sep='.'), flatten_dict(json.loads(config.to_json()), sep='.')
-  differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+  differing = sorted(k for k in old.keys() & new.keys() if old[k] != new[k])
   changed = [k for k in differing if k not in RUN_ONLY]
   if changed:
     name = changed[0]
@@ -240,3 +243,16 @@ def keep_tokenizer(workdir, place, params):
   finally:
     checkpoints.close()
   write_config(copy, read_config(place))
+
+
+def keep_best(workdir, config, metadata, params, step):
+  """Keeps a model in `WORKDIR/best`, a workdir of its own without what only training needs."""
+  best, tokenizer = pathlib.Path(workdir) / 'best', pathlib.Path(workdir) / 'tokenizer'
+  checkpoints = Checkpoints(best, keep=1)
+  try:
+    checkpoints.save_model(step, params, metadata)
+  finally:
+    checkpoints.close()
+  if tokenizer.exists() and not (best / 'tokenizer').exists():
+    shutil.copytree(tokenizer, best / 'tokenizer')
+  write_config(best, config)

@@ -31,17 +31,24 @@ def main(arguments):
   parser.add_argument('--seed', type=int, default=0, metavar='S')
   parser.add_argument('--batch_size', type=int, default=64, metavar='N', help='images at a time (default 64)')
   flags.add_choices(parser)
+  parser.add_argument('--grid', metavar='"cfg=1,2;top_p=0.9,0.96"', help='compare all combinations; a plot lies beside '
+                      'the JSON')
   parser.add_argument('--out', metavar='X.json', help='default: evaluation.json in the workdir or beside the samples')
   options = parser.parse_args(arguments)
   out = _checked(options)
 
+  from var_jax.evaluation import grid
   from var_jax.evaluation.run import Request, figures_of
 
   names = ('workdir', 'samples', 'reference', 'weights', 'resize', 'per_class', 'seed', 'batch_size')
   lpips_weights = tuple(options.lpips_weights.split(',')) if options.lpips_weights else ()
+  points = tuple(grid.parse(options.grid)) if options.grid else ()
   figures = figures_of(Request(
-      **{name: getattr(options, name) for name in names}, lpips_weights=lpips_weights,
+      **{name: getattr(options, name) for name in names}, lpips_weights=lpips_weights, grid=points,
       inception=options.features == 'inception', choices=flags.choices(options)))
+  if points:
+    print(grid.table(points, figures['grid']), file=sys.stderr)
+    grid.plot(out.with_suffix('.png'), points, figures['grid'])
   output.make_folder(out.parent)
   output.save_text(out, json.dumps(figures, indent=2) + '\n')
   print(json.dumps(figures, indent=2))
@@ -64,6 +71,8 @@ def _checked(options):
                     '--features=inception --weights=FILE')
   if not options.workdir and not options.reference:
     raise UserError('--samples are compared with real images: add --reference=X.npz, a folder, or --workdir=DIR')
+  if options.grid and (options.samples or not options.workdir):
+    raise UserError('--grid draws its samples itself: give the --workdir of a generator, and no --samples')
   if options.features == 'classifier' and options.reference:
     raise UserError("--features=classifier compares with the workdir's data alone: leave --reference out")
   samples = pathlib.Path(options.samples or 'samples')

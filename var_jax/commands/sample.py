@@ -6,6 +6,7 @@ import numpy as np
 
 from var_jax import pictures, progress
 from var_jax.commands import flags, output
+from var_jax.errors import UserError
 
 EXAMPLE = 'var-jax sample --workdir=runs/digits/generator --labels=0,3,7 --num=9 --cfg=1.5 --out=digits.png'
 
@@ -17,6 +18,10 @@ def main(arguments):
   parser.add_argument('--num', type=int, metavar='N', help='images in all (default: one a label)')
   parser.add_argument('--seed', type=int, default=0, metavar='S')
   flags.add_choices(parser)
+  parser.add_argument('--best_of', type=int, default=1, metavar='R', help='keep the one of R candidates for each image '
+                      'that --classifier is surest of')
+  parser.add_argument('--classifier', metavar='F.jaxexport', help='images (b, H, W, 3) uint8 -> logits (b, classes), '
+                      'such as the judge.jaxexport that evaluate leaves in a workdir')
   parser.add_argument('--batch_size', type=int, default=64, metavar='N', help='images drawn at a time (default 64)')
   parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='one picture, arrays, or a folder')
   options = parser.parse_args(arguments)
@@ -24,11 +29,17 @@ def main(arguments):
   flags.in_range('--num', options.num, 1)
   flags.in_range('--batch_size', options.batch_size, 1)
   flags.in_range('--seed', options.seed, 0, 2**32 - 1)
+  flags.in_range('--best_of', options.best_of, 1)
+  if (options.best_of > 1) != bool(options.classifier):
+    raise UserError('--best_of=R and --classifier=F.jaxexport go together: give both, R being 2 or more')
 
   from var_jax.evaluation.drawing import draw
+  from var_jax.evaluation.rejection import Rejecting
   from var_jax.model import load
 
   model = load(options.workdir)
+  if options.classifier:
+    model = Rejecting(model, options.classifier, options.best_of)
   labels = options.labels or list(range(model.generator.classes if model.generator else 1))
   labels = np.resize(labels, options.num or len(labels))
   out, choices = pathlib.Path(options.out), flags.choices(options)

@@ -1,5 +1,7 @@
 """`var-jax train`: any stage of any experiment; resumes by itself."""
 
+import functools
+
 from var_jax import workdir as workdir_lib
 from var_jax.commands import flags
 from var_jax.errors import UserError, note
@@ -38,6 +40,7 @@ def run(config, workdir):
 
 
 def _train(stage, config, sources, workdir, keep_tokenizer, changed):
+  from var_jax.evaluation.during import measure
   from var_jax.training import loop
   from var_jax.training.checkpoint import Checkpoints
 
@@ -48,7 +51,8 @@ def _train(stage, config, sources, workdir, keep_tokenizer, changed):
     keep_tokenizer()
     for change in changed:
       note(change)
-    loop.train(stage, config, *sources, checkpoints, workdir)
+    keep = functools.partial(workdir_lib.keep_best, workdir, config, stage.metadata)
+    loop.train(stage, config, *sources, checkpoints, workdir, measure=measure(stage, config, workdir), keep=keep)
   except loop.Interrupted as stop:
     note(str(stop))
     return 128 + stop.signal_number
@@ -68,7 +72,8 @@ LIMITS = {  # setting: (least, most) of what a run can use
     'codebook.restart_after': (1, None), 'model.codes': (1, None), 'model.channels': (1, None), 'model.ch': (1, None),
     'model.res_blocks': (0, None), 'model.groups': (1, None), 'model.phi_layers': (0, None), 'model.depth': (1, None),
     'model.width': (0, None), 'model.heads': (0, None), 'model.classes': (0, None), 'progressive.end': (0, 1),
-    'progressive.start_scale': (0, None), 'loss.adversarial_start': (0, 1),
+    'progressive.start_scale': (0, None), 'measure.every': (0, None), 'measure.per_class': (1, None),
+    'loss.adversarial_start': (0, 1),
 }
 
 
@@ -109,20 +114,26 @@ def _set_classes(config, source):
 
 def make_stage(config, workdir, steps):
   """(stage, what puts its tokenizer's copy into the workdir)."""
-  from var_jax.training.optimizer import frozen_names
-
   if config.stage == 'tokenizer':
     from var_jax.stages.tokenizer import TokenizerStage
 
     tokenizer = workdir_lib.make_tokenizer(config)
-    frozen_names(workdir_lib.tokenizer_shapes(tokenizer), config.freeze)
+    _check_frozen(config, lambda: workdir_lib.tokenizer_shapes(tokenizer))
     initial = workdir_lib.initial_tokenizer(workdir, config, tokenizer)
     return TokenizerStage(config, tokenizer, steps, initial), lambda: None
   from var_jax.stages.generator import GeneratorStage
 
   place, tokenizer, params = workdir_lib.find_tokenizer(workdir, config.tokenizer)
   generator = workdir_lib.make_generator(config, tokenizer)
-  frozen_names(workdir_lib.generator_shapes(generator), config.freeze)
+  _check_frozen(config, lambda: workdir_lib.generator_shapes(generator))
   initial = workdir_lib.initial_generator(workdir, config, generator)
   stage = GeneratorStage(config, generator, tokenizer, params, workdir_lib.fingerprint(params), steps, initial)
   return stage, lambda: workdir_lib.keep_tokenizer(workdir, place, params)
+
+
+def _check_frozen(config, shapes):
+  """Raises UserError for patterns in `freeze` that name nothing, or a codebook that restarts would change."""
+  from var_jax.training.optimizer import frozen_names
+
+  if config.freeze and 'quantizer/codebook' in frozen_names(shapes(), config.freeze) and config.codebook.restart_every:
+    raise UserError('freeze names the codebook, which restarts would change: set --config.codebook.restart_every=0')

@@ -13,7 +13,7 @@ from var_jax.data.images import fit
 from var_jax.data.sources import open_source
 from var_jax.evaluation import fid
 from var_jax.evaluation.image_sets import ArrayImages
-from var_jax.evaluation.judge import load_judge, save_judge, train_judge
+from var_jax.evaluation.judge import export_judge, load_judge, save_judge, train_judge
 
 MOST_IMAGES = 60_000  # real images to train the judge on, evenly taken
 MOST_COMPARED = 10_000  # of them for precision and recall
@@ -31,7 +31,10 @@ class RealImages:
 
 
 def find_judge(real, workdir):
-  """The judge of these images: the one in `workdir/judge.npz` if it was trained on the same, else a new one."""
+  """The judge of these images: the one in `workdir/judge.npz` if it was trained on the same, else a new one.
+
+  A new one is kept there, and as an artifact in `judge.jaxexport`.
+  """
   images, labels = real.train
   name = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:12]
   path = pathlib.Path(workdir) / 'judge.npz'
@@ -39,6 +42,7 @@ def find_judge(real, workdir):
   if judge is None:
     judge = train_judge(images, labels, real.classes, progress=True)
     save_judge(path, name, judge)
+    export_judge(path.with_suffix('.jaxexport'), judge)
   return judge
 
 

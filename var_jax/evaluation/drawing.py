@@ -12,7 +12,6 @@ import numpy as np
 from var_jax import progress as progress_lib
 from var_jax.errors import UserError, note
 from var_jax.model import check_choices
-from var_jax.workdir import fingerprint
 
 
 def draw(model, labels_N, seed, out, choices, batch_size=64):
@@ -33,10 +32,11 @@ def draw(model, labels_N, seed, out, choices, batch_size=64):
     whole.replace(out)
     shutil.rmtree(part)
   except OSError as error:
-    if not (part / 'progress.json').exists():
-      shutil.rmtree(part, ignore_errors=True)
     raise UserError(f'could not write {out} ({error.strerror or error}): free some space and run the same command '
                     'again, it goes on where it stopped') from error
+  finally:
+    if not (part / 'progress.json').exists():  # nothing that could be taken up
+      shutil.rmtree(part, ignore_errors=True)
 
 
 def _draw(model, labels_N, seed, part, choices, batch_size):
@@ -95,7 +95,7 @@ def _identity(model, labels_N, seed, choices, batch_size):
   if len(labels_N) <= batch_size:
     return ''  # done in one go, there is nothing to take up
   labels = hashlib.sha256(labels_N.tobytes()).hexdigest()[:12]
-  return f'{fingerprint(model.params)} {labels} {seed} {sorted(choices.items())} {batch_size}'
+  return f'{model.identity} {labels} {seed} {sorted(choices.items())} {batch_size}'
 
 
 def _done(progress, identity):

@@ -8,6 +8,7 @@ It is a yardstick for small data sets, no part of any model, and never sees a ge
 """
 
 import dataclasses
+import pathlib
 import zipfile
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import export
 
 from var_jax import progress as progress_lib
 from var_jax.errors import UserError
@@ -37,7 +39,7 @@ class Classifier(nn.Module):
     x = x_BxHxWx3
     for width in self.widths:
       x = nn.relu(nn.Dense(width)(_patches(x)))
-    hidden_BxD = nn.relu(nn.Dense(self.hidden)(x.reshape(len(x), -1)))
+    hidden_BxD = nn.relu(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
     return nn.Dense(self.num_classes)(nn.Dropout(self.dropout, deterministic=not train)(hidden_BxD)), hidden_BxD
 
 
@@ -121,6 +123,15 @@ def _judge(model, params, image_shape, batch_size):
 def save_judge(path, name, judge):
   """Writes a judge to an .npz. name: of the images that it was trained on."""
   np.savez(path, name=name, batch_size=judge.batch_size, **flatten_dict(judge.params, sep='/'))
+
+
+def export_judge(path, judge):
+  """Writes a judge as a jax.export artifact: uint8 images (b, H, W, 3) -> logits (b, classes), any batch size."""
+  (b,) = export.symbolic_shape('b')
+  images = jax.ShapeDtypeStruct((b, *judge.image_shape), jnp.uint8)
+  logits = jax.jit(lambda x: judge.forward(judge.params, x)[0])
+  artifact = export.export(logits, platforms=('cpu', 'cuda', 'tpu'))(images)
+  pathlib.Path(path).write_bytes(artifact.serialize())
 
 
 def load_judge(path, name, image_shape, num_classes):

@@ -1,6 +1,7 @@
 """One evaluation from beginning to end: what is evaluated, against what, by which features."""
 
 import hashlib
+import itertools
 import json
 import pathlib
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 from var_jax import workdir as workdir_lib
 from var_jax.data.sources import open_source
 from var_jax.errors import UserError
-from var_jax.evaluation import classes, fid, likelihood, reconstruction
+from var_jax.evaluation import classes, fid, grid, likelihood, reconstruction, report
 from var_jax.evaluation.drawing import draw
 from var_jax.evaluation.image_sets import NpzImages, SourceImages, open_images
 from var_jax.model import load
@@ -22,7 +23,8 @@ KEPT_ROWS = 10_000  # of a data set's features, for precision and recall
 class Request(NamedTuple):
   """What `var-jax evaluate` was asked for. inception: by its features, else by a classifier's.
 
-  workdir, samples, reference, weights: paths or None; choices: keyword arguments of `Model.sample`.
+  workdir, samples, reference, weights: paths or None; choices: keyword arguments of `Model.sample`; grid: points of
+  them to compare, see `grid.parse`.
   """
 
   workdir: str | None
@@ -36,44 +38,69 @@ class Request(NamedTuple):
   seed: int
   batch_size: int
   choices: dict
+  grid: tuple = ()
 
 
 def figures_of(request):
-  """{name: number or text}. Raises UserError for what cannot be compared."""
+  """{name: number or text}. Raises UserError for what cannot be compared.
+
+  With a grid: {'figure': the name that points are compared by, 'best': row, 'grid': rows}. A workdir's model gets a
+  `report.html` in it.
+  """
   config = workdir_lib.read_config(request.workdir) if request.workdir else None
   samples = open_images(request.samples) if request.samples else None
-  if samples is None and config.stage == 'tokenizer':
-    return _of_tokenizer(request, config)
   if request.inception and request.reference:
     _check_sizes(samples, request)
-  found, path = {}, request.samples
-  if samples is None:
-    found, path = _drawn(request, config)
-    samples = open_images(path)
-  return found | (_by_inception if request.inception else _by_classifier)(request, config, samples, path)
+  if samples is not None:
+    return _comparison(request, config, samples.size)(samples, _labels(request.samples, samples.count))
+  model = load(request.workdir)
+  if request.grid and config.stage == 'tokenizer':
+    raise UserError(f'{request.workdir} holds a tokenizer, which draws nothing: give a generator for --grid')
+  if config.stage == 'tokenizer':
+    figures, drawn = _of_tokenizer(request, config, model), None
+  else:
+    compare = _comparison(request, config, model.tokenizer.image_size)
+    if request.grid:
+      rows = [point | _of_drawn(request, model, compare, request.choices | point)[0] for point in request.grid]
+      return {'figure': grid.figure_of(rows), 'best': grid.best(rows), 'grid': rows}
+    figures, drawn = _of_drawn(request, model, compare, request.choices)
+    figures = likelihood.figures(model, config, request.batch_size) | figures
+  report.write(request.workdir, model, config, figures, drawn)
+  return figures
 
 
-def _of_tokenizer(request, config):
+def _of_tokenizer(request, config, model):
   extractor = fid.inception_extractor(request.weights, request.resize) if request.inception else None
   params = lpips.load(*request.lpips_weights) if request.lpips_weights else None
   return reconstruction.figures(
-      load(request.workdir), config, batch_size=request.batch_size, extractor=extractor, lpips_params=params)
+      model, config, batch_size=request.batch_size, extractor=extractor, lpips_params=params)
 
 
-def _drawn(request, config):
-  """(the generator's own figures, the .npz that its samples are in)."""
-  model = load(request.workdir)
+def _of_drawn(request, model, compare, choices):
+  """(figures of samples that the generator draws, the first images of each class with their labels)."""
   labels = np.repeat(np.arange(model.generator.classes), request.per_class)
   path = pathlib.Path(request.workdir) / 'evaluation_samples.npz'
-  draw(model, labels, request.seed, path, request.choices, request.batch_size)
-  return likelihood.figures(model, config, request.batch_size) | request.choices | {'seed': request.seed}, path
+  draw(model, labels, request.seed, path, choices, request.batch_size)
+  images = open_images(path)
+  shown = labels[:report.MOST_CLASSES * request.per_class]
+  batches = itertools.islice(images.batches(request.batch_size), -(-len(shown) // request.batch_size))
+  first = np.concatenate(list(batches))[:len(shown)]
+  return compare(images, labels) | choices | {'seed': request.seed}, (first, shown)
 
 
-def _by_classifier(request, config, samples, path):
-  real = classes.RealImages(config, samples.size)
-  judge = classes.find_judge(real, request.workdir)
-  images = np.concatenate(list(samples.batches(1024)))
-  return classes.figures(judge, real, images, _labels(path, len(images)))
+def _comparison(request, config, size):
+  """A function of (image set, labels or None) -> figures against the reference, which is read once."""
+  if not request.inception:
+    real = classes.RealImages(config, size)
+    judge = classes.find_judge(real, request.workdir)
+    return lambda images, labels: classes.figures(judge, real, np.concatenate(list(images.batches(1024))), labels)
+  extractor = fid.inception_extractor(request.weights, request.resize)
+  if request.reference:
+    reference = _reference(request.reference, extractor)
+  else:
+    reference = own_reference(request.workdir, config, size, extractor, request.weights, request.resize)
+  return lambda images, labels: {'samples': images.count, 'resize': request.resize} | fid.compare(
+      fid.gather(images, extractor, 'samples'), reference)
 
 
 def _labels(path, count):
@@ -83,16 +110,6 @@ def _labels(path, count):
   with np.load(path) as arrays:
     labels = arrays['labels'] if 'labels' in arrays.files else None
   return labels if labels is not None and labels.shape == (count,) else None
-
-
-def _by_inception(request, config, samples, path):
-  extractor = fid.inception_extractor(request.weights, request.resize)
-  if request.reference:
-    reference = _reference(request.reference, extractor)
-  else:
-    reference = _own_reference(request, config, samples.size, extractor)
-  figures = fid.compare(fid.gather(samples, extractor, 'samples'), reference)
-  return {'samples': samples.count, 'resize': request.resize} | figures
 
 
 def _check_sizes(samples, request):
@@ -120,12 +137,12 @@ def _reference(path, extractor):
   return statistics._replace(pool_NxD=fid.gather(images, extractor, 'reference').pool_NxD)
 
 
-def _own_reference(request, config, size, extractor):
-  """Gathered of the training images of a workdir's data, kept in the workdir."""
-  weights = pathlib.Path(request.weights).stat()
-  key = [config.data.source, config.data.path, list(size), request.resize, weights.st_size, weights.st_mtime_ns]
+def own_reference(workdir, config, size, extractor, weights, resize):
+  """Gathered of the training images of a workdir's data, kept in the workdir. weights, resize: the extractor's."""
+  file = pathlib.Path(weights).stat()
+  key = [config.data.source, config.data.path, list(size), resize, file.st_size, file.st_mtime_ns]
   name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-  path = pathlib.Path(request.workdir) / f'reference_{name}.npz'
+  path = pathlib.Path(workdir) / f'reference_{name}.npz'
   if (kept := fid.read_statistics(path)) is not None:
     return kept
   source = open_source(config.data.source, config.data.path, 'train')

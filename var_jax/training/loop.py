@@ -5,6 +5,7 @@ has been dispatched, so that the device does not wait for Python.
 """
 
 import contextlib
+import math
 import signal
 
 import jax
@@ -43,13 +44,14 @@ def _stop_requests():
       signal.signal(number, handler)
 
 
-def train(stage, config, source, validation, checkpoints, workdir, *, say=note):
+def train(stage, config, source, validation, checkpoints, workdir, *, say=note, measure=None, keep=None):
   """Trains a stage to its last step, resuming from the newest checkpoint. Returns the final state.
 
   stage: init(), train_step(state, batch) -> (state, metrics), eval_step(state, batch) -> sums over images,
   summarize(sums) -> scalars, pictures(state, batch) -> {name: (H, W, 3) uint8}, metadata (stored with checkpoints).
-  source, validation: see `data.sources`. Raises UserError after `max_skipped_in_row` steps without finite gradients,
-  Interrupted after SIGTERM or Ctrl-C.
+  source, validation: see `data.sources`. measure: state -> scalars, called every `config.measure.every` steps.
+  keep: called with (parameters, step) where `config.best` is better than ever before. Raises UserError after
+  `max_skipped_in_row` steps without finite gradients, Interrupted after SIGTERM or Ctrl-C.
   """
   mesh = mesh_lib.make_mesh()
   with jax.set_mesh(mesh), _stop_requests() as stop:
@@ -61,10 +63,13 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note):
     start = int(state.step)
     writer = metrics_lib.Writer(workdir, start)
     batches = pipeline.train_batches(source, start=start, **_data_options(config, stage))
-    evaluate = _Evaluation(stage, config, validation, mesh, writer, workdir)
+    best = _Best(config.best, writer, keep)
+    evaluate = _Evaluation(stage, config, validation, mesh, writer, measure, best)
     bar = progress.bar(title=stage.name, unit='step', total=stage.steps, initial=start, delay=0)
     try:
-      return _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop)
+      state = _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop)
+      best.finish(say)
+      return state
     finally:
       bar.close()
       batches.close()
@@ -105,10 +110,7 @@ def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar
       scalars = mean.take()
       scalars['images_per_second'] = scalars['steps_per_second'] * config.batch_size
       writer.scalars(step, {f'train/{name}': value for name, value in scalars.items()})
-    if due(config.eval_every):
-      evaluate.scalars(state, step)
-    if due(config.pictures_every):
-      evaluate.pictures(state, step)
+    evaluate.at(state, step, due)
     if due(config.checkpoint_every) or last or stop:
       checkpoints.save(state, stage.metadata)
     if stop and not last:
@@ -125,13 +127,46 @@ def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar
     bar.update()
 
 
-class _Evaluation:
-  """Scalars and pictures on held-out images. The batches are the same at every call."""
+class _Best:
+  """Watches one scalar, lower being better, or higher with '-' before its name; '' watches nothing."""
 
-  def __init__(self, stage, config, source, mesh, writer, workdir):
+  def __init__(self, name, writer, keep):
+    self._name, self._sign = name.removeprefix('-'), -1 if name.startswith('-') else 1
+    self._writer, self._keep = writer, keep
+    values = writer.history(self._name) if name else []
+    self._lowest = min((self._sign * value for value in values), default=math.inf)
+
+  def check(self, state, step):
+    """Keeps the model if the scalar was measured at this step and is better than ever."""
+    value = self._writer.at(self._name, step) if self._name else None
+    if value is not None and self._sign * value < self._lowest:
+      self._lowest = self._sign * value
+      self._keep(state.model, step)
+
+  def finish(self, say):
+    """Says so when the scalar was never measured."""
+    if self._name and self._lowest == math.inf:
+      say(f'best={self._name!r} was never measured, so no best model was kept: see the names in metrics.jsonl')
+
+
+class _Evaluation:
+  """Scalars and pictures on held-out images, figures of samples, the best model. The batches are always the same."""
+
+  def __init__(self, stage, config, source, mesh, writer, measure, best):
     self.stage, self.config, self.source, self.mesh = stage, config, source, mesh
-    self.writer, self.workdir = writer, workdir
+    self.writer, self._measure, self._best = writer, measure, best
     self._step = jax.jit(stage.eval_step)
+
+  def at(self, state, step, due):
+    """All that is due at a step. due: setting -> whether."""
+    if due(self.config.eval_every):
+      self.scalars(state, step)
+    if due(self.config.pictures_every):
+      self.pictures(state, step)
+    if self._measure and due(self.config.measure.every):
+      figures = self._measure(state)
+      self.writer.scalars(step, {f'samples/{name}': value for name, value in figures.items()})
+    self._best.check(state, step)
 
   def _batches(self, limit):
     options = _data_options(self.config, self.stage)

@@ -18,6 +18,7 @@ class Writer:
     if self.path.exists():
       lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
       self.path.write_text(''.join(line + '\n' for line in lines))
+    self._latest = {}  # name: (step, value)
     self._events = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / 'tensorboard'), purge_step=step + 1)
 
   def scalars(self, step, values):
@@ -27,7 +28,18 @@ class Writer:
     with self.path.open('a') as file:
       file.write(json.dumps({'step': step} | finite) + '\n')
     for name, value in numbers.items():
+      self._latest[name] = step, value
       self._events.add_scalar(name, value, step)
+
+  def at(self, name, step):
+    """The value of a scalar at this very step, None when it has none."""
+    last, value = self._latest.get(name, (None, None))
+    return value if last == step else None
+
+  def history(self, name):
+    """All values of a scalar so far."""
+    rows = map(json.loads, self.path.read_text().splitlines() if self.path.exists() else [])
+    return [row[name] for row in rows if row.get(name) is not None]
 
   def picture(self, step, name, image_HxWx3):
     """One uint8 picture, to `WORKDIR/pictures/NAME_STEP.png` as well."""

@@ -1,0 +1,68 @@
+"""Which guidance and filters draw best? Every combination is drawn with one seed and evaluated."""
+
+import itertools
+
+from var_jax.errors import UserError
+
+LOWER_IS_BETTER = ('fid', 'classifier_frechet_distance')
+
+
+def parse(text):
+  """'cfg=1,1.5;top_p=0.9,0.96' -> [{'cfg': 1.0, 'top_p': 0.9}, ...], all combinations. UserError for anything else."""
+  kinds, axes = {'cfg': float, 'top_k': int, 'top_p': float, 'temperature': float}, {}
+  for part in text.split(';'):
+    name, _, values = part.partition('=')
+    if name not in kinds:
+      raise UserError(f'--grid has no axis {name!r}: use some of {", ".join(kinds)}, as in "cfg=1,1.5;top_p=0.9,0.96"')
+    try:
+      axes[name] = [kinds[name](value) for value in values.split(',')]
+    except ValueError:
+      raise UserError(f'--grid: {values!r} is no list of numbers for {name}') from None
+  return [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
+
+
+def search(points, figures_of_point):
+  """[{setting: value, ..., figure: number, ...}] for every point. figures_of_point: settings -> {name: number}."""
+  return [point | figures_of_point(point) for point in points]
+
+
+def best(rows):
+  """The row with the best Fréchet distance."""
+  name = figure_of(rows)
+  return min(rows, key=lambda row: row[name])
+
+
+def figure_of(rows):
+  """Name of the figure that rows are compared by."""
+  return next(name for name in LOWER_IS_BETTER if name in rows[0])
+
+
+def table(points, rows):
+  """Rows as lines of text: the settings, then the figures that differ between points."""
+  varying = [name for name in rows[0] if name not in points[0] and len({str(row[name]) for row in rows}) > 1]
+  names = [*points[0], *varying]
+  lines = ['  '.join(f'{name[:14]:>14}' for name in names)]
+  for row in rows:
+    lines.append('  '.join(f'{row[name]:14.4g}' if isinstance(row[name], (int, float)) else f'{row[name]!s:>14}'
+                           for name in names))
+  return '\n'.join(lines)
+
+
+def plot(path, points, rows):
+  """A picture of the figure over the first axis, a line for each combination of the others."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure, (first, *others) = Figure(figsize=(6, 4), dpi=120, layout='constrained'), points[0]
+  ax, name, lines = figure.subplots(), figure_of(rows), {}
+  for row in rows:
+    lines.setdefault(tuple(row[other] for other in others), []).append((row[first], row[name]))
+  for values, line in lines.items():
+    label = ', '.join(f'{other} {value:g}' for other, value in zip(others, values))
+    ax.plot(*zip(*sorted(line)), marker='o', label=label or None)
+  if others:
+    ax.legend(fontsize=8)
+  ax.set_xlabel(first)
+  ax.set_ylabel(name.replace('_', ' '))
+  ax.grid(alpha=0.3)
+  FigureCanvasAgg(figure).print_png(str(path))
