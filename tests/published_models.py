@@ -20,7 +20,7 @@ def tokenizer():
   pyramid = Pyramid.of(config['patch_nums'])
   model = Tokenizer(pyramid, config['vocab_size'], config['z_channels'], config['ch'], tuple(config['ch_mult']))
   shapes = workdir.tokenizer_shapes(model)
-  params = published.from_published(tensors, published.tokenizer_names(shapes), shapes, 'the tokenizer')
+  params = published.from_published(tensors, published.tokenizer_names(shapes), shapes)
   return model, jax.tree.map(jnp.asarray, params)
 
 
@@ -33,7 +33,7 @@ def generator(name='var'):
       pyramid, 64, 16, config['num_classes'], config['depth'], config['embed_dim'], config['num_heads'],
       normalize_qk=config['attn_l2_norm'], shared_adaln=config['shared_aln'])
   shapes = workdir.generator_shapes(model)
-  params = published.from_published(tensors, published.generator_names(shapes), shapes, 'the generator')
+  params = published.from_published(tensors, published.generator_names(shapes), shapes)
   return model, jax.tree.map(jnp.asarray, params)
 
 

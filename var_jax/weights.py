@@ -10,6 +10,7 @@ import pickle
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +26,7 @@ DTYPES = {  # of .safetensors
 
 
 def read_tensors(path):
-  """{name: np.ndarray} of a `.safetensors`, `.npz`, `.pth` or `.pt` file, in its own dtypes, names and layouts.
+  """Mapping {name: np.ndarray} of a `.safetensors`, `.npz`, `.pth` or `.pt` file, in its own dtypes, names and layouts.
 
   Dicts within a PyTorch file are flattened to 'outer.inner' names; values that are no tensors are left out. Nothing
   from a file is ever executed. Raises UserError for a missing, truncated, foreign or code-carrying file.
@@ -99,16 +100,31 @@ def _read_safetensors(path):
   with path.open('rb') as file:
     length = int.from_bytes(file.read(8), 'little')
     index = json.loads(file.read(length))
-  # Mapped, so that a checkpoint of many gigabytes is paged in tensor by tensor.
-  data = np.memmap(path, np.uint8, 'r') if path.stat().st_size > 8 + length else np.zeros(8 + length, np.uint8)
-  tensors = {}
+  index.pop('__metadata__', None)
   for name, entry in index.items():
-    if name != '__metadata__':
-      start, end = (8 + length + offset for offset in entry['data_offsets'])
-      if entry['dtype'] not in DTYPES:
-        raise UserError(f'{path} holds {name} as {entry["dtype"]}, which is not supported: save it as float32')
-      tensors[name] = data[start:end].view(DTYPES[entry['dtype']]).reshape(entry['shape'])
-  return tensors
+    if entry['dtype'] not in DTYPES:
+      raise UserError(f'{path} holds {name} as {entry["dtype"]}, which is not supported: save it as float32')
+  return _Mapped(path, index, 8 + length)
+
+
+class _Mapped(Mapping):
+  """Tensors of a .safetensors file, mapped into memory only as long as somebody holds them: files can be large."""
+
+  def __init__(self, path, index, start):
+    self._path, self._index, self._start = path, index, start
+
+  def __getitem__(self, name):
+    entry = self._index[name]
+    dtype, shape = DTYPES[entry['dtype']], tuple(entry['shape'])
+    if not all(shape):
+      return np.zeros(shape, dtype)
+    return np.memmap(self._path, dtype, 'r', self._start + entry['data_offsets'][0], shape)
+
+  def __iter__(self):
+    return iter(self._index)
+
+  def __len__(self):
+    return len(self._index)
 
 
 def _read_npz(path):

@@ -32,7 +32,7 @@ def fingerprint(params):
   for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
     array = np.asarray(leaf)
     digest.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'.encode())
-    digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
   return digest.hexdigest()[:12]
 
 

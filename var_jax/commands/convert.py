@@ -49,15 +49,9 @@ def _from_torch(options):
   if workdir.exists() and any(workdir.iterdir() if workdir.is_dir() else [workdir]):
     raise UserError(f'{workdir} is there already: choose another --workdir')
 
-  from var_jax.interop import architecture, checkpoints
+  from var_jax.interop import checkpoints
 
-  generator = checkpoints.read(options.generator, 'generator') if options.generator else None
-  tokenizer = checkpoints.read(options.tokenizer, 'tokenizer')
-  if generator is not None:
-    scales = architecture.scales_of(generator, options.patch_nums)
-  else:
-    scales = options.patch_nums or architecture.PUBLISHED_SCALES[0]
-  checkpoints.write_workdir(workdir, tokenizer, generator, scales, options.heads)
+  checkpoints.write_workdir(workdir, options.tokenizer, options.generator, options.patch_nums, options.heads)
   print(f'{workdir} holds {checkpoints.describe(workdir)}')
 
 

@@ -26,26 +26,35 @@ def read(path, kind):
   return tensors
 
 
-def write_workdir(workdir, tokenizer, generator, scales, heads=0):
-  """Writes tensors {torch name: array} as a workdir; generator: None for a tokenizer's.
+def write_workdir(workdir, tokenizer_file, generator_file, patch_nums=None, heads=0):
+  """Writes published checkpoints as a workdir; generator_file: None for a tokenizer's.
 
   Nothing is written unless every tensor has its place; config.json comes last, so that a half-written workdir is none.
+  The networks are read one after the other, each into as much memory as it takes.
   """
+  tokenizer, generator = read(tokenizer_file, 'tokenizer'), None
+  scales = patch_nums or architecture.PUBLISHED_SCALES[0]
+  if generator_file:
+    generator = read(generator_file, 'generator')
+    scales = architecture.scales_of(generator, patch_nums)
   tokenizer_config, phi_each = architecture.tokenizer_config(tokenizer, scales)
   model = workdir_lib.make_tokenizer(tokenizer_config)
   shapes = workdir_lib.tokenizer_shapes(model)
   names = published.tokenizer_names(shapes, phi_each)
-  params = published.from_published(tokenizer, names, shapes, 'a published tokenizer')
-  if generator is None:
+  published.check(tokenizer, names, shapes, 'a published tokenizer')
+  if generator_file:
+    config = architecture.generator_config(generator, heads)
+    generator_shapes = workdir_lib.generator_shapes(workdir_lib.make_generator(config, model))
+    generator_names = published.generator_names(generator_shapes)
+    published.check(generator, generator_names, generator_shapes, 'a published generator')
+  params = published.from_published(tokenizer, names, shapes)
+  if not generator_file:
     _write(workdir, tokenizer_config, params, {})
     return
-  config = architecture.generator_config(generator, heads)
-  shapes = workdir_lib.generator_shapes(workdir_lib.make_generator(config, model))
-  names = published.generator_names(shapes)
-  generator_params = published.from_published(generator, names, shapes, 'a published generator')
   metadata = {'tokenizer': workdir_lib.fingerprint(params)}
   _write(pathlib.Path(workdir) / 'tokenizer', tokenizer_config, params, {})
-  _write(workdir, config, generator_params, metadata)
+  del params, tokenizer
+  _write(workdir, config, published.from_published(generator, generator_names, generator_shapes), metadata)
 
 
 def _write(workdir, config, params, metadata):

@@ -1,8 +1,8 @@
 """The published PyTorch checkpoints' names and layouts, and ours: one table for each network, read in both directions.
 
-    names = generator_names(shapes)                                  # shapes: our parameters, or their shapes
-    params = from_published(tensors, names, shapes, 'the generator')  # {torch name: array} -> ours
-    tensors = to_published(params, names)                             # and back, bit for bit
+    names = generator_names(shapes)                  # shapes: our parameters, or their shapes
+    params = from_published(tensors, names, shapes)  # {torch name: array} -> ours
+    tensors = to_published(params, names)            # and back, bit for bit
 
 Our blocks are stacked: block i of the published network is row i.
 """
@@ -147,20 +147,23 @@ def _set(tree, path, value):
   tree[path[-1]] = value
 
 
-def from_published(tensors, names, shapes, what):
-  """{torch name: array} -> float32 parameters. shapes: ours, for checking; what: the model's name in messages.
+def check(tensors, names, shapes, what):
+  """Accounts for every tensor: UserError that names the missing, extra and misshapen ones. Reads no values.
 
-  Every tensor is accounted for: UserError that names the missing, extra and misshapen ones.
+  shapes: of our parameters; what: the model's name in messages.
   """
   wanted = {}
   for name, (path, layout, block) in names.items():
     shape = _get(shapes, path).shape
     wanted[name] = layout.write(np.broadcast_to(np.float32(0), shape if block is None else shape[1:])).shape
-  weights = {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name)}
-  weights = match_shapes(weights, wanted, what)
+  match_shapes({name: tensors[name] for name in tensors if not BUFFERS.search(name)}, wanted, what)
+
+
+def from_published(tensors, names, shapes):
+  """{torch name: array} that `check` found in order -> float32 parameters of the given shapes."""
   params = jax.tree.map(lambda like: np.empty(like.shape, np.float32), shapes)
   for name, (path, layout, block) in names.items():
-    _get(params, path)[... if block is None else block] = layout.read(np.asarray(weights[name]))
+    _get(params, path)[... if block is None else block] = layout.read(np.asarray(tensors[name]))
   return params
 
 

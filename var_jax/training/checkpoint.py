@@ -81,8 +81,10 @@ class Checkpoints:
     self._write(step, {'model': model}, metadata)
 
   def _write(self, step, items, metadata):
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False  # the save is over before anybody could change them
     try:
-      with _quiet():
+      with context, _quiet():
         self._orbax.save_checkpointables(step, items, custom_metadata=metadata, force=True, overwrite=True)
       self._unreadable.discard(step)
     except Exception as error:  # orbax reports a full disk as OSError, ValueError or its own errors
