@@ -1,5 +1,7 @@
 """Editing by box and mask, and reconstruction of whole folders, through the commands."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,10 @@ import var_jax
 from var_jax.__main__ import main
 from var_jax.data.images import fit, read_image
 from var_jax.errors import UserError
+from var_jax.generator.transformer import Generator
+from var_jax.model import Model
+from var_jax.pyramid import Pyramid
+from var_jax.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -149,3 +155,19 @@ def test_reconstruct_refuses_what_holds_no_images_or_tokens(workdirs, tmp_path, 
     assert main(['reconstruct', f'--workdir={workdirs[0]}', f'--{option}={tmp_path / name}',
                  f'--out={tmp_path / "o.npz"}']) == 2
     assert word in capsys.readouterr().err
+
+
+def test_images_that_are_not_square_are_edited_as_well():
+  """8x16 pixels, a latent of 2x4: only the cells of the box change."""
+  pyramid = Pyramid.of((1, (1, 2), (2, 4)))
+  tokenizer = Tokenizer(pyramid, codes=32, channels=8, ch=8, ch_mult=(1, 1, 2), res_blocks=1)
+  generator = Generator(pyramid, 32, 8, classes=3, depth=2, width=16, heads=2)
+  params = tokenizer.init(jax.random.key(0), jnp.zeros((1, 8, 16, 3)))['params']
+  drawing = generator.init(jax.random.key(1), jnp.zeros(1, int), jnp.zeros((1, pyramid.length - 1, 8)))['params']
+  model = Model(tokenizer, params, generator, drawing)
+  images = np.random.default_rng(0).integers(0, 256, (8, 8, 16, 3), np.uint8)
+  redraw = np.zeros((8, 8, 16), bool)
+  redraw[:, 4:, 12:] = True  # the last cell
+  edited = model.edit(images, redraw, np.arange(8) % 3, temperature=9.0, top_p=0)
+  changed = (edited.tokens != model.encode(images)).any(axis=0)[pyramid.slices[-1]].reshape(2, 4)
+  assert edited.images.shape == images.shape and np.argwhere(changed).tolist() == [[1, 3]]

@@ -40,6 +40,8 @@ def main(arguments=None):
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+    os._exit(0)
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise

@@ -55,7 +55,7 @@ def write(workdir, model, config, figures, samples=None):
   parts.append(('Settings', _folded('config.json', json.dumps(json.loads(config.to_json()), indent=2))))
   parts.append(('Environment', _table(_environment())))
   body = '\n'.join(f'<h2>{title}</h2>\n{content}' for title, content in parts if content)
-  title = f'var_jax: {config.stage} in {workdir.name}'
+  title = f'var_jax {config.stage}: {"/".join(workdir.absolute().parts[-2:])}'
   (workdir / 'report.html').write_text(PAGE.format(title=html.escape(title), body=body))
   return workdir / 'report.html'
 
@@ -82,7 +82,7 @@ def _note(text):
   return f'<p class="note">{html.escape(text)}</p>'
 
 
-def _figure(draw, width=8, height=3.2):
+def _figure(draw, width, height):
   """A matplotlib figure as an image; draw: called with it."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -106,27 +106,31 @@ def _read_metrics(path):
 
 
 def _curves(path):
-  """Loss over the steps, in training and on held-out images, and per scale where there is such."""
+  """Curves over the steps: loss and PSNR, in training and held out; then loss, or the codebook's usage, per scale."""
   series = _read_metrics(path)
-  left = [name for name in ('train/loss', 'validation/loss', 'train/psnr', 'validation/psnr') if name in series]
-  right = [name for name in series if name.startswith('validation/loss/scale')]
-  right = right or [name for name in series if name.startswith('validation/usage/scale')]
-  if not left:
-    return ''
+  in_all = {title: [name for name in (f'train/{key}', f'validation/{key}') if name in series]
+            for title, key in (('loss', 'loss'), ('PSNR in dB', 'psnr'))}
+  per_scale = [name for name in series if name.startswith('validation/loss/scale')]
+  per_scale = per_scale or [name for name in series if name.startswith('validation/usage/scale')]
+  charts = in_all | {'held out, per scale': per_scale}
+  return ''.join(_chart(title, {name: series[name] for name in names}) for title, names in charts.items() if names)
+
+
+def _chart(title, series):
+  """Lines of {name: [(step, value), ...]}."""
 
   def draw(figure):
-    for ax, names, title in zip(figure.subplots(1, 2), (left, right), ('in all', 'held out, per scale')):
-      for name in names:
-        short = name.replace('validation', 'held out') if ax is figure.axes[0] else name.removeprefix('validation/')
-        ax.plot(*zip(*series[name]), marker='.' if len(series[name]) < 30 else None, label=short.replace('_', ' '))
-      ax.set_title(title, fontsize=9)
-      ax.set_xlabel('step', fontsize=8)
-      ax.tick_params(labelsize=8)
-      ax.grid(alpha=0.3)
-      if names:
-        ax.legend(fontsize=7)
+    ax = figure.subplots()
+    for name, points in series.items():
+      label = name.replace('validation', 'held out').replace('_', ' ')
+      ax.plot(*zip(*points), marker='.' if len(points) < 30 else None, label=label)
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel('step', fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7)
 
-  return _image(_figure(draw), 'curves of the loss over the steps', pixels=False)
+  return _image(_figure(draw, 4.2, 3.2), f'curves over the steps, {title}', pixels=False)
 
 
 def _samples(images, labels):
