@@ -236,6 +236,19 @@ def test_own_data_are_the_reference_and_kept(workdirs, weights, tmp_path, monkey
   assert again == pytest.approx({name: figures[name] for name in again}, rel=1e-6)
 
 
+def test_reference_is_enough_where_the_data_set_is_missing(workdirs, weights, tmp_path, capsys):
+  generator = tmp_path / 'g'
+  shutil.copytree(workdirs[1], generator)
+  config = json.loads((generator / 'config.json').read_text())
+  config['data'] |= {'source': 'arrays', 'path': str(tmp_path / 'gone.npz')}
+  (generator / 'config.json').write_text(json.dumps(config))
+  np.savez(tmp_path / 'r.npz', arr_0=some_images(12, 8))
+  figures = evaluate(tmp_path / 'x.json', f'--workdir={generator}', '--per_class=1', f'--weights={weights}',
+                     f'--reference={tmp_path / "r.npz"}')
+  assert 'fid' in figures and 'validation_loss' not in figures
+  assert 'gone.npz' in capsys.readouterr().err
+
+
 def test_tokenizer_is_measured(workdirs, weights, tmp_path, capsys):
   figures = evaluate(tmp_path / 'x.json', f'--workdir={workdirs[0]}')
   assert figures['images'] == 297 and 0 < figures['psnr'] < 40 and -1 < figures['ssim'] < 1

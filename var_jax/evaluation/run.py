@@ -10,7 +10,7 @@ import numpy as np
 
 from var_jax import workdir as workdir_lib
 from var_jax.data.sources import open_source
-from var_jax.errors import UserError
+from var_jax.errors import UserError, note
 from var_jax.evaluation import classes, fid, grid, likelihood, reconstruction, report
 from var_jax.evaluation.drawing import draw
 from var_jax.evaluation.image_sets import NpzImages, SourceImages, open_images
@@ -64,9 +64,20 @@ def figures_of(request):
       rows = [point | _of_drawn(request, model, compare, request.choices | point)[0] for point in request.grid]
       return {'figure': grid.figure_of(rows), 'best': grid.best(rows), 'grid': rows}
     figures, drawn = _of_drawn(request, model, compare, request.choices)
+    if request.reference and not _has_data(config):  # a converted model may be evaluated without its data set
+      return figures
     figures = likelihood.figures(model, config, request.batch_size) | figures
   report.write(request.workdir, model, config, figures, drawn)
   return figures
+
+
+def _has_data(config):
+  try:
+    open_source(config.data.source, config.data.path, 'validation')
+  except UserError as error:
+    note(f'no loss and no report, for there are no held-out images: {error}')
+    return False
+  return True
 
 
 def _of_tokenizer(request, config, model):
