@@ -335,16 +335,18 @@ print(peak() - before, found[0].count)
     (['--samples=S', '--reference=R', '--features=inception'], '--weights'),
     (['--samples=S', '--reference=BIG', '--weights=W'], '32x32'),
     (['--samples=ONE', '--reference=R', '--weights=W'], 'at least 2'),
+    (['--samples=NONE', '--reference=R', '--weights=W'], 'at least 2'),
     (['--samples=FLOAT', '--reference=R', '--weights=W'], 'float32'),
     (['--samples=S', '--reference=R', '--weights=VGG'], 'Inception'),
     (['--samples=S', '--reference=none.npz', '--weights=W'], 'none.npz'),
     (['--samples=S', '--reference=R', '--weights=W', '--resize=area'], 'area'),
     (['--samples=S', '--reference=R', '--weights=W', '--out=x.txt'], '.json')])
 def test_what_cannot_be_evaluated_is_refused(weights, sets, tmp_path, capsys, options, word):
-  files = {'BIG': sets / 'big.npz', 'ONE': sets / 'one.npz', 'FLOAT': sets / 'float.npz', 'VGG': sets / 'v.safetensors',
-           'S': sets / 'samples.npz', 'R': sets / 'reference.npz', 'W': weights}
+  files = {'BIG': sets / 'big.npz', 'ONE': sets / 'one.npz', 'NONE': sets / 'zero.npz', 'FLOAT': sets / 'float.npz',
+           'VGG': sets / 'v.safetensors', 'S': sets / 'samples.npz', 'R': sets / 'reference.npz', 'W': weights}
   np.savez(files['BIG'], arr_0=some_images(4, 32))
   np.savez(files['ONE'], arr_0=some_images(1))
+  np.savez(files['NONE'], arr_0=some_images(1)[:0])
   np.savez(files['FLOAT'], arr_0=some_images(4).astype(np.float32))
   safetensors.numpy.save_file({'features.0.weight': np.zeros(3, np.float32)}, files['VGG'])
   arguments = [f'{flag}={files.get(value, value)}' for flag, value in (o.split('=', 1) for o in options)]

@@ -63,6 +63,7 @@ def _train(stage, config, sources, workdir, keep_tokenizer, changed):
 
 
 LIMITS = {  # setting: (least, most) of what a run can use
+    'model.depth': (1, None),
     'seed': (0, 2**32 - 1), 'batch_size': (1, None), 'accumulate': (1, None), 'steps': (0, None), 'epochs': (0, None),
     'ema': (0, 0.9999999), 'keep': (1, None), 'max_skipped_in_row': (1, None), 'log_every': (0, None),
     'eval_every': (0, None), 'eval_images': (0, None), 'pictures_every': (0, None), 'checkpoint_every': (0, None),
@@ -70,7 +71,7 @@ LIMITS = {  # setting: (least, most) of what a run can use
     'label_smoothing': (0, 1), 'drop_path': (0, 0.99), 'codebook.scale_dropout': (0, 1),
     'codebook.restart_every': (0, None),
     'codebook.restart_after': (1, None), 'model.codes': (1, None), 'model.channels': (1, None), 'model.ch': (1, None),
-    'model.res_blocks': (0, None), 'model.groups': (1, None), 'model.phi_layers': (0, None), 'model.depth': (1, None),
+    'model.res_blocks': (0, None), 'model.groups': (1, None), 'model.phi_layers': (0, None),
     'model.width': (0, None), 'model.heads': (0, None), 'model.classes': (0, None), 'progressive.end': (0, 1),
     'progressive.start_scale': (0, None), 'measure.every': (0, None), 'measure.per_class': (1, None),
     'loss.adversarial_start': (0, 1),

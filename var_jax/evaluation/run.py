@@ -49,6 +49,8 @@ def figures_of(request):
   """
   config = workdir_lib.read_config(request.workdir) if request.workdir else None
   samples = open_images(request.samples) if request.samples else None
+  if samples is not None:
+    fid.check_count(samples)
   if request.inception and request.reference:
     _check_sizes(samples, request)
   if samples is not None:
@@ -124,9 +126,7 @@ def _labels(path, count):
 
 
 def _check_sizes(samples, request):
-  """UserError when the sets are too small or of different sizes, before anything is computed."""
-  if samples:
-    fid.check_count(samples)
+  """UserError when the reference is too small or of another size, before anything is computed."""
   if fid.read_statistics(request.reference):
     return
   reference = open_images(request.reference)
