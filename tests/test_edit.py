@@ -155,6 +155,8 @@ def test_reconstruct_refuses_what_holds_no_images_or_tokens(workdirs, tmp_path, 
     assert main(['reconstruct', f'--workdir={workdirs[0]}', f'--{option}={tmp_path / name}',
                  f'--out={tmp_path / "o.npz"}']) == 2
     assert word in capsys.readouterr().err
+  assert main(['reconstruct', f'--workdir={workdirs[0]}', '--held_out=99999', f'--out={tmp_path / "o.png"}']) == 2
+  assert 'too many for one picture' in capsys.readouterr().err
 
 
 def test_images_that_are_not_square_are_edited_as_well():

@@ -14,6 +14,7 @@ EXAMPLE = ('var-jax reconstruct --workdir=runs/photos/tokenizer --images=cat.jpg
            '  var-jax reconstruct --workdir=runs/photos/tokenizer --images=photos --out=reconstructed\n'
            '  var-jax reconstruct --workdir=runs/photos/tokenizer --tokens=reconstructed/tokens.npz --out=again')
 AT_A_TIME = 64
+MOST_IN_A_PICTURE = 32  # images, each in two rows
 
 
 def main(arguments):
@@ -42,6 +43,10 @@ def main(arguments):
     print(f'{count} images in {options.out}')
     return
   images = None if options.tokens else _images(options, files, model.tokenizer.image_size)
+  count = len(images if tokens is None else tokens)
+  if not options.out.endswith('.npz') and count > MOST_IN_A_PICTURE:
+    raise UserError(f'{count} images are too many for one picture, which takes {MOST_IN_A_PICTURE}: use --out=X.npz or '
+                    'a folder')
   tokens = model.encode(images) if tokens is None else tokens
   scales = model.decode_every_scale(tokens)
   picture = None
