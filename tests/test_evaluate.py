@@ -375,6 +375,8 @@ def test_report_is_one_file_with_every_part(workdirs, tmp_path):
                          (workdirs[1], ['Samples', 'Nearest training images', 'validation loss'])):
     copy = tmp_path / workdir.name
     shutil.copytree(workdir, copy)
+    with (copy / 'metrics.jsonl').open('a') as file:
+      file.write('{"step": 9, "train/l')  # a line cut short by a kill
     evaluate(tmp_path / 'x.json', f'--workdir={copy}', '--per_class=1')
     page = (copy / 'report.html').read_text()
     assert all(part in page for part in parts)

@@ -15,6 +15,7 @@ from PIL import Image
 from var_jax import pictures
 from var_jax.data.images import fit
 from var_jax.data.sources import open_source
+from var_jax.training import metrics
 
 PER_CLASS, MOST_CLASSES, NEIGHBOURS = 8, 20, 5
 MOST_COMPARED = 60_000  # training images that are searched for neighbours
@@ -94,20 +95,9 @@ def _figure(draw, width, height):
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _read_metrics(path):
-  """{name: [(step, value), ...]} of a metrics.jsonl; empty when there is none."""
-  series = {}
-  for line in path.read_text().splitlines() if path.exists() else []:
-    row = json.loads(line)
-    for name, value in row.items():
-      if name != 'step' and value is not None:
-        series.setdefault(name, []).append((row['step'], value))
-  return series
-
-
 def _curves(path):
   """Curves over the steps: loss and PSNR, in training and held out; then loss, or the codebook's usage, per scale."""
-  series = _read_metrics(path)
+  series = metrics.read(path)
   in_all = {title: [name for name in (f'train/{key}', f'validation/{key}') if name in series]
             for title, key in (('loss', 'loss'), ('PSNR in dB', 'psnr'))}
   per_scale = [name for name in series if name.startswith('validation/loss/scale')]
@@ -175,7 +165,7 @@ def _codebook(figures, path):
   """Bars of the usage per scale, from the figures or from the last evaluation in training."""
   usage = {name.removeprefix('usage_'): value for name, value in figures.items() if name.startswith('usage_')}
   usage = usage or {name.rpartition('/')[2].replace('_', ' '): values[-1][1]
-                    for name, values in _read_metrics(path).items() if name.startswith('validation/usage/')}
+                    for name, values in metrics.read(path).items() if name.startswith('validation/usage/')}
   if not usage:
     return ''
 

@@ -5,6 +5,7 @@ is the step itself, since batch n depends on the seed and n alone.
 """
 
 import contextlib
+import gc
 import logging
 import pathlib
 import warnings
@@ -33,7 +34,7 @@ def _joined(model, rest, frozen):
 @contextlib.contextmanager
 def _quiet():
   """Silences orbax and absl, whose notes about asynchronous internals would drown our own."""
-  loggers = [logging.getLogger(name) for name in ('absl', 'orbax')]
+  loggers = [logging.getLogger(name) for name in ('absl', 'orbax', 'asyncio')]
   levels = [logger.level for logger in loggers]
   try:
     for logger in loggers:
@@ -136,14 +137,15 @@ class Checkpoints:
         with _quiet():
           items = self._orbax.load_checkpointables(step, wanted)
           metadata = self._orbax.checkpointables_metadata(step).custom_metadata
+        if reasons:
+          self.say(f'using checkpoint {step} instead')
+        return items, step, metadata or {}
       except Exception as error:  # whatever a damaged file makes orbax raise
         reasons.append(_first_line(error))
-        self._unreadable.add(step)
-        self.say(f'checkpoint {step} in {self.folder} cannot be read ({reasons[-1]})')
-        continue
-      if reasons:
-        self.say(f'using checkpoint {step} instead')
-      return items, step, metadata or {}
+      with _quiet():
+        gc.collect()  # tasks that orbax left behind complain when they are collected
+      self._unreadable.add(step)
+      self.say(f'checkpoint {step} in {self.folder} cannot be read ({reasons[-1]})')
     if not steps:
       return None
     raise UserError(

@@ -38,8 +38,7 @@ class Writer:
 
   def history(self, name):
     """All values of a scalar so far."""
-    rows = map(json.loads, self.path.read_text().splitlines() if self.path.exists() else [])
-    return [row[name] for row in rows if row.get(name) is not None]
+    return [value for _, value in read(self.path).get(name, [])]
 
   def picture(self, step, name, image_HxWx3):
     """One uint8 picture, to `WORKDIR/pictures/NAME_STEP.png` as well."""
@@ -52,10 +51,23 @@ class Writer:
     self._events.close()
 
 
+def read(path):
+  """{name: [(step, value), ...]} of a metrics.jsonl, without broken lines; empty when there is none."""
+  series = {}
+  for line in path.read_text().splitlines() if path.exists() else []:
+    if _step_of(line) == math.inf:
+      continue
+    row = json.loads(line)
+    for name, value in row.items():
+      if name != 'step' and value is not None:
+        series.setdefault(name, []).append((row['step'], value))
+  return series
+
+
 def _step_of(line):
   try:
     return json.loads(line)['step']
-  except (ValueError, KeyError):  # a line cut short by a kill
+  except (ValueError, KeyError, TypeError):  # a line cut short by a kill
     return math.inf
 
 
