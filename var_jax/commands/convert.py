@@ -62,6 +62,9 @@ def _to_torch(options):
   out = pathlib.Path(options.to_torch)
   if out.is_file():
     raise UserError(f'--to_torch={out} is a file: name a folder')
+  for name in ('vae.pth', 'var.pth', 'vae.safetensors', 'var.safetensors'):
+    if (out / name).exists():
+      raise UserError(f'{out / name} is there already: name another folder')
 
   from var_jax.interop import checkpoints
 
