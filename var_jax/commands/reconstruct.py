@@ -7,7 +7,7 @@ import numpy as np
 from var_jax import pictures, progress
 from var_jax.commands import flags, output
 from var_jax.data.images import fit, read_image
-from var_jax.data.sources import SUFFIXES, open_source
+from var_jax.data.sources import SUFFIXES, image_files, open_source
 from var_jax.errors import UserError
 
 EXAMPLE = ('var-jax reconstruct --workdir=runs/photos/tokenizer --images=cat.jpg,dog.png --out=scales.png\n'
@@ -89,7 +89,7 @@ def _files(text):
   files = []
   for part in text.split(','):
     path = pathlib.Path(part)
-    inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and not p.name.startswith('.'))
+    inside = image_files(path)
     if path.is_dir() and not inside:
       raise UserError(f'no images ({", ".join(SUFFIXES)}) in {path}: name another folder')
     files += inside if path.is_dir() else [path]

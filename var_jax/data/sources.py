@@ -23,6 +23,11 @@ HELD_OUT = 0.05  # of the images, where a data set brings no validation part
 DIGITS_TRAIN = 1500
 
 
+def image_files(folder):
+  """The image files in a folder and in folders within, in the order of their paths; hidden ones are left out."""
+  return sorted(p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and not p.name.startswith('.'))
+
+
 def open_source(kind, path=None, split='train'):
   """Source of a kind: 'digits' (no path), 'folder', 'arrays' (.npz or folder of IDX files) or 'tfds' (prepared data).
 

@@ -21,11 +21,6 @@ def parse(text):
   return [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
 
 
-def search(points, figures_of_point):
-  """[{setting: value, ..., figure: number, ...}] for every point. figures_of_point: settings -> {name: number}."""
-  return [point | figures_of_point(point) for point in points]
-
-
 def best(rows):
   """The row with the best Fréchet distance."""
   name = figure_of(rows)

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 
 from var_jax.data.images import UnreadableImage, fit, read_image
-from var_jax.data.sources import SUFFIXES
+from var_jax.data.sources import SUFFIXES, image_files
 from var_jax.errors import UserError
 
 
@@ -83,8 +83,7 @@ class FolderImages:
   """The pictures in a folder and in folders within, in the order of their paths; all of one size."""
 
   def __init__(self, folder):
-    self._files = sorted(
-        p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and not p.name.startswith('.'))
+    self._files = image_files(folder)
     if not self._files:
       raise UserError(f'no images ({", ".join(SUFFIXES)}) in {folder}: give another folder, or an .npz')
     self.count, self.size = len(self._files), read_image(self._files[0]).shape[:2]
