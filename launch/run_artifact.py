@@ -4,6 +4,8 @@ python launch/run_artifact.py FOLDER --labels=0,3,7 --seed=0 --cfg=1.5 --out=ima
 """
 
 import argparse
+import json
+import os
 import pathlib
 import sys
 
@@ -16,19 +18,35 @@ parser.add_argument('folder', type=pathlib.Path)
 parser.add_argument('--labels', default='0', help='classes, such as 0,3,7')
 parser.add_argument('--seed', type=int, default=0)
 parser.add_argument('--cfg', type=float, default=1.5)
-parser.add_argument('--out', default='images.npz')
+parser.add_argument('--out', default='images.npz', type=pathlib.Path)
 options = parser.parse_args()
 
-file, weights = options.folder / 'sample.jaxexport', options.folder / 'weights.npz'
-if not file.is_file():
-  sys.exit(print(f'error: there is no {file}: export the workdir of a generator', file=sys.stderr) or 2)
-sample = export.deserialize(bytearray(file.read_bytes()))
-here = export.default_export_platform()
-if here not in sample.platforms:
-  sys.exit(print(f'error: {file} is for {", ".join(sample.platforms)}, this machine has {here}: export it with '
-                 f'--platforms={here}', file=sys.stderr) or 2)
-inputs = [dict(np.load(weights))] if weights.exists() else []
-labels = np.array(options.labels.split(','), np.int32)
+
+def require(good, message):
+  """Ends the program with exit status 2 unless all is good."""
+  if not good:
+    sys.exit(print(f'error: {message}', file=sys.stderr) or 2)
+
+
+file = options.folder / 'sample.jaxexport'
+require(file.is_file(), f'there is no {file}: export the workdir of a generator')
+try:
+  about = json.loads((options.folder / 'about.json').read_text())
+  inputs = [] if about['weights'] == 'inside' else [dict(np.load(options.folder / 'weights.npz'))]
+  sample = export.deserialize(bytearray(file.read_bytes()))
+except Exception as error:  # whatever a damaged file makes its reader raise
+  require(False, f'{options.folder} is no whole export ({type(error).__name__}: {error}): export it again')
+here, numbers = export.default_export_platform(), options.labels.split(',')
+require(here in sample.platforms, f'{file} is for {", ".join(sample.platforms)}, this machine has {here}: export it '
+        f'with --platforms={here}')
+require(all(n.isdecimal() and int(n) < about['classes'] for n in numbers), f'--labels={options.labels}: give classes '
+        f'from 0 to {about["classes"] - 1}, such as 0,1')
+require(0 <= options.seed < 2**32, f'--seed={options.seed}: give a number from 0 to {2**32 - 1}')
+require(0 <= options.cfg <= 100, f'--cfg={options.cfg}: give a number from 0 (no guidance) to 100')
+require(options.out.suffix == '.npz' and os.access(options.out.parent, os.W_OK) and not options.out.is_dir(),
+        f'--out={options.out}: give an .npz file in a folder that can be written to')
+
+labels = np.array(numbers, np.int32)
 images = jax.jit(sample.call)(*inputs, labels, np.uint32(options.seed), np.float32(options.cfg))
 np.savez(options.out, arr_0=np.asarray(images), labels=labels)
 print(f'{len(labels)} images in {options.out}')

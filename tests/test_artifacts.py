@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax import export
 from orbax.checkpoint import v1 as ocp
-from tiny_runs import ROOT, differing, train_both
+from tiny_runs import ROOT, differing, train_both, truncate
 
 import var_jax
 from var_jax import workdir as workdir_lib
@@ -43,9 +44,9 @@ def on_one_device(*command):
                         capture_output=True, text=True, cwd=ROOT)
 
 
-def run_artifact(folder, out):
+def run_artifact(folder, out, *options):
   return on_one_device('-c', WITHOUT_VAR_JAX, 'launch/run_artifact.py', folder, '--labels=0,3,7', '--seed=5',
-                       '--cfg=2', f'--out={out}')
+                       '--cfg=2', f'--out={out}', *options)
 
 
 def test_exported_sampler_without_var_jax_gives_the_same_pictures(workdirs, folder, tmp_path):
@@ -111,6 +112,25 @@ def test_artifact_of_another_platform_says_so(workdirs, tmp_path):
   assert 'tpu, cuda' in ran.stderr and '--platforms=cpu' in ran.stderr
   ran = run_artifact(tmp_path, tmp_path / 'x.npz')
   assert ran.returncode == 2 and 'export' in ran.stderr and ran.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('options, word', [
+    (['--labels='], '--labels'), (['--labels=0,10'], '0 to 9'), (['--seed=-1'], '--seed'), (['--cfg=nan'], '--cfg'),
+    (['--out=missing/x.npz'], '--out'), (['CUT'], 'no whole export')])
+def test_example_refuses_what_cannot_be_drawn(folder, tmp_path, options, word):
+  if options == ['CUT']:
+    shutil.copytree(folder, tmp_path / 'cut')
+    truncate(tmp_path / 'cut')
+    folder, options = tmp_path / 'cut', []
+  ran = run_artifact(folder, tmp_path / 'x.npz', *options)
+  assert ran.returncode == 2 and ran.stderr.startswith('error: ') and ran.stderr.count('\n') == 1
+  assert word in ran.stderr and not (tmp_path / 'x.npz').exists()
+
+
+def test_artifacts_hold_what_they_need_and_no_more(folder):
+  sizes = {name: (folder / f'{name}.jaxexport').stat().st_size for name in ('encode', 'decode', 'sample')}
+  params = sum(x.nbytes for x in jax.tree.leaves(ocp.load(folder / 'params')['tokenizer']['encoder']))
+  assert sizes['encode'] < params + 200_000 < sizes['sample'] + 200_000, sizes
 
 
 def test_export_refuses_what_does_not_fit(workdirs, folder, tmp_path, capsys):

@@ -183,10 +183,13 @@ def changed(source, folder, **changes):
 @pytest.mark.parametrize('change, word', [
     ({'head.bias': None}, 'missing head.bias'), ({'blocks.1.attn.q_bias': None}, 'missing blocks.1.attn.q_bias'),
     ({'more': np.zeros(2, np.float32)}, 'unexpected more'), ({'head.bias': np.zeros(5, np.float32)}, 'head.bias'),
+    ({'head.bias': np.zeros(64, np.int32)}, 'head.bias is of type int32'),
+    ({'head.bias': np.full(64, np.nan, np.float32)}, 'head.bias holds NaN'),
     ({'word_embed.weight': None}, 'word_embed.weight'), ({'pos_1LC': np.zeros((1, 29, 192), np.float32)}, '29')])
 def test_every_tensor_is_accounted_for(files, tmp_path, capsys, change, word):
   assert convert(files['vae'], changed(files['var'], tmp_path, **change), tmp_path / 'w') == 2
-  assert word in one_error(capsys) and not (tmp_path / 'w').exists()
+  assert word in one_error(capsys)
+  assert [file.name for file in tmp_path.iterdir()] == ['changed.safetensors']  # nothing half-written either
 
 
 def test_tokenizers_tensors_are_accounted_for_as_well(files, tmp_path, capsys):
@@ -211,7 +214,9 @@ def test_commands_refuse_what_does_not_fit(files, workdirs, tmp_path, capsys):
       ([vae, var, new, '--patch_nums=1,two'], 'two'), ([vae, var, new, '--patch_nums=1,2,5,0'], 'scales'),
       ([var, new], '--tokenizer'), ([new], '--tokenizer'), ([f'--tokenizer={files["var"]}', new, SCALES], 'generator'),
       ([vae, f'--generator={files["vae"]}', new, SCALES], 'tokenizer'), ([f'--tokenizer={html}', new], 'truncated'),
-      ([vae, var, f'--workdir={workdirs["var"]}', SCALES], 'already'),
+      ([vae, var, f'--workdir={workdirs["var"]}', SCALES], 'already'), ([vae, var, new, SCALES, '--heads=7'], '7'),
+      ([f'--workdir={workdirs["var"]}', '--to_torch='], '--to_torch'),
+      ([f'--workdir={workdirs["var"]}', f'--to_torch={html}/x'], 'another --to_torch'),
       ([vae, f'--generator={tmp_path / "none.pth"}', new, SCALES], 'none.pth'),
       ([f'--workdir={tmp_path / "none"}', f'--to_torch={tmp_path / "o"}'], 'no workdir'),
       ([f'--workdir={workdirs["var"]}', f'--to_torch={html}'], 'file'),

@@ -33,6 +33,7 @@ def image(tmp_path_factory):
   Image.fromarray(mask).save(folder / 'mask.png')
   Image.fromarray(mask[:7]).save(folder / 'small.png')
   Image.fromarray(mask * 0).save(folder / 'black.png')
+  Image.fromarray(np.stack([mask, mask // 2 + 128], axis=-1)).save(folder / 'clear.png')
   return folder / 'a.png'
 
 
@@ -96,13 +97,16 @@ def test_box_is_in_the_files_pixels(workdirs, image):
 @pytest.mark.parametrize('options, word', [
     ([], '--box'), (['--box=2,2,4,4', '--mask=m.png'], 'either'), (['--box=2,2,4'], 'four'),
     (['--box=4,2,2,4'], '8x8'), (['--box=0,0,9,8'], '8x8'), (['--box=0,0,8,8'], 'keep'), (['--box=a,b,c,d'], 'a,b,c,d'),
-    (['--mask=FOLDER/small.png'], '7x8'), (['--mask=FOLDER/black.png'], 'draw anew'), (['--mask=none.png'], 'none.png'),
+    (['--mask=FOLDER/small.png'], '7x8'), (['--mask=FOLDER/clear.png'], 'transparent'),
+    (['--box=2,2,4,4', '--out=FOLDER/a.png'], 'replaced'),
+    (['--mask=FOLDER/mask.png', '--out=FOLDER/mask.png'], 'replaced'),
+    (['--mask=FOLDER/black.png'], 'draw anew'), (['--mask=none.png'], 'none.png'),
     (['--box=2,2,4,4', '--label=10'], 'label 10'), (['--box=2,2,4,4', '--mode=erase'], 'erase'),
     (['--box=2,2,4,4', '--num=0'], '--num')])
 def test_edit_refuses_what_does_not_fit(workdirs, image, tmp_path, capsys, options, word):
   options = [option.replace('FOLDER', str(image.parent)) for option in options]
   out = f'--out={tmp_path / "x.png"}'
-  assert main(['edit', f'--workdir={workdirs[1]}', f'--image={image}', *options, out]) == 2
+  assert main(['edit', f'--workdir={workdirs[1]}', f'--image={image}', out, *options]) == 2
   error = capsys.readouterr().err.strip()
   assert word in error and '\n' not in error and not (tmp_path / 'x.png').exists()
 
@@ -155,6 +159,11 @@ def test_reconstruct_refuses_what_holds_no_images_or_tokens(workdirs, tmp_path, 
     assert main(['reconstruct', f'--workdir={workdirs[0]}', f'--{option}={tmp_path / name}',
                  f'--out={tmp_path / "o.npz"}']) == 2
     assert word in capsys.readouterr().err
+  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'empty/a.png')
+  for out in ('empty', 'empty/a.png'):
+    assert main(['reconstruct', f'--workdir={workdirs[0]}', f'--images={tmp_path / "empty"}',
+                 f'--out={tmp_path / out}']) == 2
+    assert 'replaced' in capsys.readouterr().err
   assert main(['reconstruct', f'--workdir={workdirs[0]}', '--held_out=99999', f'--out={tmp_path / "o.png"}']) == 2
   assert 'too many for one picture' in capsys.readouterr().err
 

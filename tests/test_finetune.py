@@ -11,7 +11,7 @@ from var_jax.__main__ import main
 from var_jax.generator import adapt
 from var_jax.pyramid import Pyramid
 
-SHORT = ['--config.steps=3', '--config.checkpoint_every=1', '--config.ema=0']
+SHORT = ['--config.steps=3', '--config.checkpoint_every=1']
 
 
 @pytest.fixture(scope='module')
@@ -94,10 +94,11 @@ def test_rule_of_adaptation():
 
 
 @pytest.mark.parametrize('stage, options, word', [
-    ('generator', ['--config.start_from=TRAINED', '--config.model.width=16'], 'same architecture'),
+    ('generator', ['--config.start_from=TRAINED', '--config.model.width=16'], 'width 32, this run 16'),
+    ('generator', ['--config.start_from=TRAINED', '--config.model.heads=4'], 'heads 2, this run 4'),
     ('generator', ['--config.start_from=nowhere'], 'nowhere'),
     ('generator', ['--config.start_from=TOKENIZER'], 'holds a tokenizer'),
-    ('tokenizer', ['--config.start_from=TOKENIZER', '--config.model.codes=16'], 'same architecture'),
+    ('tokenizer', ['--config.start_from=TOKENIZER', '--config.model.codes=16'], 'codes 32, this run 16'),
     ('generator', ['--config.freeze=decoder/*'], 'names no parameter'),
     ('tokenizer', ['--config.freeze=quantizer/*', '--config.codebook.restart_every=1'], 'restart_every=0')])
 def test_what_does_not_fit_is_refused(trained, tmp_path, capsys, stage, options, word):

@@ -49,11 +49,14 @@ def write_tensors(path, tensors):
   part = path.with_name(f'.part_{path.name}')
   tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
   try:
+    part.touch()
+    mode = part.stat().st_mode  # what other files get; safetensors makes its own private
     if path.suffix in TORCH_SUFFIXES:
       import torch
       torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, part)
     else:
       safetensors.numpy.save_file(tensors, part)
+    part.chmod(mode)
     part.replace(path)
   except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
     part.unlink(missing_ok=True)

@@ -130,6 +130,7 @@ def make_generator(config, tokenizer):
   width, heads = fields['width'] or 64 * depth, fields['heads'] or depth
   if width % heads:
     raise UserError(f'model.width {width} is not a multiple of model.heads {heads}: change one of them')
+  fields.update(width=width, heads=heads)
   return Generator(
       tokenizer.pyramid, tokenizer.codes, tokenizer.channels, **fields, dtype=activation_dtype(config))
 
@@ -197,9 +198,10 @@ def initial_tokenizer(workdir, config, tokenizer):
   """The parameters that a tokenizer's run begins with, None for new ones. UserError when they do not fit."""
   if not _begins(workdir, config):
     return None
-  params = load_tokenizer(config.start_from)[1]
+  old, params = load_tokenizer(config.start_from)
+  adapt.check_alike(old, tokenizer, adapt.TOKENIZER_FIELDS)
   adapt.check(params, tokenizer_shapes(tokenizer), 'this tokenizer')
-  return params
+  return jax.device_get(params)  # the run places them itself
 
 
 def initial_generator(workdir, config, generator):
@@ -207,7 +209,8 @@ def initial_generator(workdir, config, generator):
   if not _begins(workdir, config):
     return None
   old, params, _, _ = load_generator(config.start_from)
-  return adapt.adapted(params, old, generator, generator_shapes(generator))
+  adapt.check_alike(old, generator, adapt.GENERATOR_FIELDS)
+  return jax.device_get(adapt.adapted(params, old, generator, generator_shapes(generator)))
 
 
 def find_tokenizer(workdir, source, say=note):

@@ -68,6 +68,6 @@ def _to_torch(options):
 
   from var_jax.interop import checkpoints
 
-  output.make_folder(out)
+  output.make_folder(out, '--to_torch')
   for path in checkpoints.write_published(options.workdir, out):
     print(path)

@@ -28,7 +28,7 @@ def main(arguments):
   flags.add_choices(parser)
   parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='picture, arrays, or a folder')
   options = parser.parse_args(arguments)
-  output.check(options.out)
+  output.check(options.out, filter(None, [options.image, options.mask]))
   flags.in_range('--num', options.num, 1)
   flags.in_range('--seed', options.seed, 0, 2**32 - 1)
   image = read_image(options.image)
@@ -55,7 +55,7 @@ def _inside(options, size):
   if bool(options.box) == bool(options.mask):
     raise UserError('say which part: either --box=y0,x0,y1,x1 or --mask=FILE')
   if options.mask:
-    mask = read_image(options.mask)
+    mask = read_image(options.mask, opaque=True)
     if mask.shape[:2] != size:
       raise UserError(f'the mask {options.mask} has {mask.shape[0]}x{mask.shape[1]} pixels, the image {size[0]}x'
                       f'{size[1]}: give a mask of the same size')

@@ -18,6 +18,13 @@ class Parser(argparse.ArgumentParser):
         prog=f'var-jax {verb}', description=description, epilog=f'example:\n  {example}', allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
 
+  def parse_known_args(self, arguments=None, namespace=None):
+    options, rest = super().parse_known_args(arguments, namespace)
+    empty = [name for name, value in vars(options).items() if value == '']
+    if empty:
+      self.error(f'--{empty[0]} is empty: give a value, or leave it out')
+    return options, rest
+
   def error(self, message):
     raise UserError(f'{message}; see `{self.prog} --help`')
 

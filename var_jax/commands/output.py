@@ -10,9 +10,10 @@ from var_jax.errors import UserError
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp')
 
 
-def check(out):
-  """Raises UserError early when `out` cannot be written."""
+def check(out, inputs=()):
+  """Raises UserError early when `out` cannot be written, or would replace one of the files that are read."""
   path = pathlib.Path(out)
+  keep_inputs([path], inputs)
   if path.suffix.lower() not in (*PICTURES, '.npz', ''):
     raise UserError(f'--out={out} has a suffix that is not known: use .png, .npz, or a folder without one')
   if path.suffix and path.is_dir():
@@ -22,14 +23,22 @@ def check(out):
   make_folder(path.parent if path.suffix else path)
 
 
-def make_folder(folder):
-  """Makes a folder for output. UserError when that, or a file in it, cannot be written."""
+def keep_inputs(paths, inputs):
+  """Raises UserError when one of the paths to be written is a file that is read."""
+  read = {pathlib.Path(file).resolve() for file in inputs}
+  for path in paths:
+    if path.resolve() in read:
+      raise UserError(f'{path} is read and would be replaced: choose another --out')
+
+
+def make_folder(folder, flag='--out'):
+  """Makes a folder for output. UserError when that, or a file in it, cannot be written. flag: what named it."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / '.var_jax_can_write').touch()
     (folder / '.var_jax_can_write').unlink()
   except OSError as error:
-    raise UserError(f'cannot write to {folder} ({error.strerror}): choose another --out') from None
+    raise UserError(f'cannot write to {folder} ({error.strerror}): choose another {flag}') from None
 
 
 def save(out, images_NxHxWx3, picture, *, names=None, **arrays):

@@ -31,9 +31,9 @@ def main(arguments):
   flags.in_range('--held_out', options.held_out, 1)
   if sum(map(bool, (options.images, options.held_out, options.tokens))) != 1:
     raise UserError('say which images: one of --images=FILE,..., --held_out=N and --tokens=X.npz')
-  output.check(options.out)
   tokens = _read_tokens(options.tokens) if options.tokens else None
   files = _files(options.images) if options.images else None
+  output.check(options.out, files or [])
 
   from var_jax.model import load
 
@@ -67,6 +67,7 @@ def _to_folder(model, options, files, tokens):
   else:
     images = _images(options, None, size)
     names = [f'{i:06d}' for i in range(len(images))]
+  output.keep_inputs([pathlib.Path(options.out, f'{name}.png') for name in names], files or [])
   for start in progress.bar(range(0, len(names), AT_A_TIME), title='images', unit='batch'):
     some = slice(start, start + AT_A_TIME)
     if tokens is not None:

@@ -25,13 +25,14 @@ class UnreadableImage(UserError):
   """An image that cannot be decoded; the message names it and the reason."""
 
 
-def read_image(source, *, size=None, name=None):
+def read_image(source, *, size=None, name=None, opaque=False):
   """Decodes a JPEG, PNG or WebP (told by content, not by suffix) to uint8 (H, W, 3) RGB.
 
   source: path or bytes; name: what errors call it. EXIF orientation is applied, transparency is composited on white,
   16-bit greyscale is scaled to 8 bits. With `size` = (height, width), a JPEG may be decoded at 1/2, 1/4 or 1/8 scale
   as long as it stays at least that large: faster, but not the pixels that the full decode followed by `fit` would give.
-  Raises UnreadableImage for anything else: missing, truncated, not an image, more than MAX_PIXELS in its header.
+  Raises UnreadableImage for anything else: missing, truncated, not an image, more than MAX_PIXELS in its header; with
+  `opaque`, where some pixel is transparent, as well.
   """
   name = name or (f'{len(source)} bytes' if isinstance(source, bytes) else str(source))
   try:
@@ -43,6 +44,8 @@ def read_image(source, *, size=None, name=None):
       if size and image.format == 'JPEG':
         image.draft(None, size if turn >= 5 else size[::-1])  # 5 to 8 swap width and height
       image.load()
+      if opaque and image.has_transparency_data and image.convert('RGBA').getextrema()[3][0] < 255:
+        raise ValueError('it has transparent pixels, which are neither black nor white')
       return np.array(_rgb(ImageOps.exif_transpose(image) if turn > 1 else image))
   except MemoryError:
     raise

@@ -27,6 +27,10 @@ class Rejecting:
     except Exception as error:  # whatever foreign bytes make jax raise
       raise UserError(f'{classifier} is no readable jax.export artifact ({type(error).__name__}): give one of a '
                       'classifier, images (b, H, W, 3) uint8 -> logits (b, classes)') from error
+    here = export.default_export_platform()
+    if here not in self._artifact.platforms:
+      raise UserError(f'{classifier} is for {", ".join(self._artifact.platforms)}, this machine has {here}: export it '
+                      'for that')
     self._call = jax.jit(self._artifact.call)
 
   @property

@@ -9,8 +9,20 @@ The rule, for whatever differs:
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from var_jax.errors import UserError
 from var_jax.tokenizer import resize
 from var_jax.weights import match_shapes
+
+GENERATOR_FIELDS = ('depth', 'width', 'heads', 'mlp_ratio', 'normalize_qk', 'shared_adaln', 'codes', 'channels')
+TOKENIZER_FIELDS = ('codes', 'channels', 'ch', 'ch_mult', 'res_blocks', 'phi_layers')
+
+
+def check_alike(old, new, fields):
+  """Raises UserError that names the first of some fields in which two modules differ."""
+  for field in fields:
+    if getattr(old, field) != getattr(new, field):
+      raise UserError(f'start_from has {field} {getattr(old, field)}, this run {getattr(new, field)}: begin with a '
+                      'model of the same architecture')
 
 
 def adapted(params, old, new, shapes):

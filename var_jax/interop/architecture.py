@@ -55,7 +55,10 @@ def generator_config(tensors, heads=0):
   depth = _count(tensors, r'blocks\.(\d+)\.')
   normalize_qk = 'blocks.0.attn.scale_mul_1H11' in tensors
   if normalize_qk:
-    heads = _shape(tensors, 'blocks.0.attn.scale_mul_1H11')[1]
+    found = _shape(tensors, 'blocks.0.attn.scale_mul_1H11')[1]
+    if heads not in (0, found):
+      raise UserError(f'the file has {found} heads, --heads says {heads}: leave it out')
+    heads = found
   elif not heads:
     if width % HEAD_SIZE:
       raise UserError(f'the number of heads cannot be told from a width of {width}: name it by --heads=N')

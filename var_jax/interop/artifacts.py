@@ -17,6 +17,9 @@ from var_jax.data.images import to_float
 from var_jax.errors import UserError
 from var_jax.generator import sampling
 
+# The parts of a tokenizer that each artifact needs.
+PARTS = {'encode': ('encoder', 'quant_conv', 'quantizer'), 'decode': ('quantizer', 'post_quant_conv', 'decoder'),
+         'sample': ('quantizer', 'post_quant_conv', 'decoder')}
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 MOST_INSIDE = 2**30  # bytes of weights; the artifact's container ends at twice that
 
@@ -72,7 +75,10 @@ def write(model, folder, platforms, choices, inside=True):
       'classes': model.generator and model.generator.classes,
       'drawn_with': {name: value for name, value in choices._asdict().items() if name != 'cfg'}, 'artifacts': {}}
   for name, (function, inputs, text) in functions(model, choices).items():
-    artifact = _exported(function, model.params, inputs, platforms, inside)
+    params = {'tokenizer': {part: model.params['tokenizer'][part] for part in PARTS[name]}}
+    if name == 'sample':
+      params['generator'] = model.params['generator']
+    artifact = _exported(function, params if inside else model.params, inputs, platforms, inside)
     paths.append(folder / f'{name}.jaxexport')
     paths[-1].write_bytes(artifact.serialize())
     about['artifacts'][name] = text
@@ -92,4 +98,3 @@ def _exported(function, params, inputs, platforms, inside):
   whole = jax.jit(lambda flat, *inputs: function(unflatten_dict(flat, sep='/'), *inputs))
   flat = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flatten_dict(params, sep='/').items()}
   return export.export(whole, platforms=platforms)(flat, *inputs)
-

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import shutil
 
 from var_jax import workdir as workdir_lib
 from var_jax.errors import UserError
@@ -29,9 +30,22 @@ def read(path, kind):
 def write_workdir(workdir, tokenizer_file, generator_file, patch_nums=None, heads=0):
   """Writes published checkpoints as a workdir; generator_file: None for a tokenizer's.
 
-  Nothing is written unless every tensor has its place; config.json comes last, so that a half-written workdir is none.
-  The networks are read one after the other, each into as much memory as it takes.
+  The workdir appears whole or not at all, and only when every tensor has its place. The networks are read one after
+  the other, each into as much memory as it takes.
   """
+  workdir = pathlib.Path(workdir).absolute()
+  part = workdir.with_name(f'.part_{workdir.name}')
+  shutil.rmtree(part, ignore_errors=True)  # of a call that was killed
+  try:
+    _write_both(part, tokenizer_file, generator_file, patch_nums, heads)
+    part.replace(workdir)
+  except OSError as error:
+    raise UserError(f'could not write {workdir} ({error.strerror or error}): choose another --workdir') from error
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_both(workdir, tokenizer_file, generator_file, patch_nums, heads):
   tokenizer, generator = read(tokenizer_file, 'tokenizer'), None
   scales = patch_nums or architecture.PUBLISHED_SCALES[0]
   if generator_file:
@@ -52,7 +66,7 @@ def write_workdir(workdir, tokenizer_file, generator_file, patch_nums=None, head
     _write(workdir, tokenizer_config, params, {})
     return
   metadata = {'tokenizer': workdir_lib.fingerprint(params)}
-  _write(pathlib.Path(workdir) / 'tokenizer', tokenizer_config, params, {})
+  _write(workdir / 'tokenizer', tokenizer_config, params, {})
   del params, tokenizer
   _write(workdir, config, published.from_published(generator, generator_names, generator_shapes), metadata)
 

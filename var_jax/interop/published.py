@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from var_jax.errors import UserError
 from var_jax.weights import match_shapes
 
 # Tensors of a published checkpoint that follow from the architecture.
@@ -148,7 +150,7 @@ def _set(tree, path, value):
 
 
 def check(tensors, names, shapes, what):
-  """Accounts for every tensor: UserError that names the missing, extra and misshapen ones. Reads no values.
+  """Accounts for every tensor: UserError that names the missing, extra, misshapen and whole-numbered. Reads no values.
 
   shapes: of our parameters; what: the model's name in messages.
   """
@@ -157,13 +159,23 @@ def check(tensors, names, shapes, what):
     shape = _get(shapes, path).shape
     wanted[name] = layout.write(np.broadcast_to(np.float32(0), shape if block is None else shape[1:])).shape
   match_shapes({name: tensors[name] for name in tensors if not BUFFERS.search(name)}, wanted, what)
+  for name in wanted:
+    if not jnp.issubdtype(tensors[name].dtype, jnp.floating):
+      raise UserError(f'these are not the weights of {what}: {name} is of type {tensors[name].dtype}: save the model '
+                      'in floating point, not quantized')
 
 
 def from_published(tensors, names, shapes):
-  """{torch name: array} that `check` found in order -> float32 parameters of the given shapes."""
+  """{torch name: array} that `check` found in order -> float32 parameters of the given shapes.
+
+  UserError for numbers that are not finite.
+  """
   params = jax.tree.map(lambda like: np.empty(like.shape, np.float32), shapes)
   for name, (path, layout, block) in names.items():
-    _get(params, path)[... if block is None else block] = layout.read(np.asarray(tensors[name]))
+    tensor = np.asarray(tensors[name])
+    if not np.isfinite(tensor).all():
+      raise UserError(f'{name} holds NaN or infinite numbers: download the file again, or take an earlier checkpoint')
+    _get(params, path)[... if block is None else block] = layout.read(tensor)
   return params
 
 

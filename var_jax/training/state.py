@@ -55,7 +55,8 @@ class TrainState:
     params, ema = optax.apply_updates(self.params, updates), self.ema
     if ema is not None:
       decay = jnp.minimum(ema_decay, (1 + self.step) / (10 + self.step))  # a young average follows quickly
-      ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+      # In this form the average of what stays, such as frozen parameters, stays bit for bit.
+      ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
     old = (self.params, self.opt_state, self.ema, self.extra)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (params, opt_state, ema, extra), old)
     bad = 1 - finite.astype(jnp.int32)
