@@ -212,8 +212,20 @@ def test_generator_is_judged_and_the_judge_is_kept(workdirs, tmp_path, capfd):
   capfd.readouterr()
   assert evaluate(tmp_path / 'x.json', *command) == figures
   assert 'judge:' not in capfd.readouterr().err  # its training has a progress bar
+  (generator / 'judge.jaxexport').unlink()
   given = evaluate(tmp_path / 'x.json', f'--workdir={generator}', f'--samples={generator / "evaluation_samples.npz"}')
-  assert given.items() < figures.items()
+  assert given.items() < figures.items() and (generator / 'judge.jaxexport').exists()
+
+
+def test_workdir_that_cannot_be_written_to(workdirs, tmp_path, monkeypatch, capsys):
+  """What is kept goes beside the JSON; the workdir stays as it was."""
+  before = sorted(workdirs[1].rglob('*'))
+  can = os.access
+  monkeypatch.setattr(os, 'access', lambda path, mode: str(path) != str(workdirs[1]) and can(path, mode))
+  evaluate(tmp_path / 'out/x.json', f'--workdir={workdirs[1]}', '--per_class=1')
+  assert {file.name for file in (tmp_path / 'out').iterdir()} == {
+      'x.json', 'report.html', 'judge.npz', 'judge.jaxexport', 'evaluation_samples.npz'}
+  assert sorted(workdirs[1].rglob('*')) == before and 'cannot be written to' in capsys.readouterr().err
 
 
 def test_own_data_are_the_reference_and_kept(workdirs, weights, tmp_path, monkeypatch):
@@ -243,16 +255,22 @@ def test_reference_is_enough_where_the_data_set_is_missing(workdirs, weights, tm
   config['data'] |= {'source': 'arrays', 'path': str(tmp_path / 'gone.npz')}
   (generator / 'config.json').write_text(json.dumps(config))
   np.savez(tmp_path / 'r.npz', arr_0=some_images(12, 8))
+  x, y = some_images(12, 8), np.arange(12) % 10
+  np.savez(tmp_path / 'moved.npz', x_train=x, y_train=y, x_test=x, y_test=y)
   figures = evaluate(tmp_path / 'x.json', f'--workdir={generator}', '--per_class=1', f'--weights={weights}',
                      f'--reference={tmp_path / "r.npz"}')
   assert 'fid' in figures and 'validation_loss' not in figures
   assert 'gone.npz' in capsys.readouterr().err
+  figures = evaluate(tmp_path / 'x.json', f'--workdir={generator}', '--per_class=1', f'--data={tmp_path / "moved.npz"}')
+  assert figures['validation_images'] == 12
 
 
 def test_tokenizer_is_measured(workdirs, weights, tmp_path, capsys):
   figures = evaluate(tmp_path / 'x.json', f'--workdir={workdirs[0]}')
   assert figures['images'] == 297 and 0 < figures['psnr'] < 40 and -1 < figures['ssim'] < 1
   assert {'usage_4x4', 'perplexity_1x1'} < figures.keys() and 'rfid' not in figures
+  evaluate(tmp_path / 'x.json', f'--workdir={workdirs[0]}', '--cfg=2')
+  assert '--cfg has no use here' in capsys.readouterr().err
 
 
 # --- many samples ----------------------------------------------------------------------------------------------------
@@ -339,15 +357,31 @@ print(peak() - before, found[0].count)
     (['--samples=FLOAT', '--reference=R', '--weights=W'], 'float32'),
     (['--samples=S', '--reference=R', '--weights=VGG'], 'Inception'),
     (['--samples=S', '--reference=none.npz', '--weights=W'], 'none.npz'),
+    (['--samples=S', '--reference=NAN', '--weights=W'], 'not a finite mean'),
+    (['--samples=S', '--reference=SMALL', '--weights=W'], '8 features'),
+    (['--samples=S', '--reference=R', '--weights=W', '--data=R'], '--data'),
+    (['--samples=S', '--workdir=GENERATOR'], 'of 8x8'),
+    (['--samples=MORE', '--workdir=GENERATOR'], 'labels are int64 (3,)'),
+    (['--samples=ELEVEN', '--workdir=GENERATOR'], 'from 0 to 11'),
+    (['--workdir=GENERATOR', '--weights=W', '--reference=R'], 'of 8x8'),
+    (['--workdir=GENERATOR', '--samples=S', '--grid=cfg=1'], '--grid'),
+    (['--workdir=TOKENIZER', '--grid=cfg=1'], '--grid'),
+    (['--workdir=GENERATOR', '--data=folder:none'], 'none'),
     (['--samples=S', '--reference=R', '--weights=W', '--resize=area'], 'area'),
     (['--samples=S', '--reference=R', '--weights=W', '--out=x.txt'], '.json')])
-def test_what_cannot_be_evaluated_is_refused(weights, sets, tmp_path, capsys, options, word):
+def test_what_cannot_be_evaluated_is_refused(workdirs, weights, sets, tmp_path, capsys, options, word):
   files = {'BIG': sets / 'big.npz', 'ONE': sets / 'one.npz', 'NONE': sets / 'zero.npz', 'FLOAT': sets / 'float.npz',
-           'VGG': sets / 'v.safetensors', 'S': sets / 'samples.npz', 'R': sets / 'reference.npz', 'W': weights}
+           'VGG': sets / 'v.safetensors', 'NAN': sets / 'nan.npz', 'SMALL': sets / 'small.npz',
+           'MORE': sets / 'more.npz', 'ELEVEN': sets / 'eleven.npz', 'GENERATOR': workdirs[1], 'TOKENIZER': workdirs[0],
+           'S': sets / 'samples.npz', 'R': sets / 'reference.npz', 'W': weights}
   np.savez(files['BIG'], arr_0=some_images(4, 32))
   np.savez(files['ONE'], arr_0=some_images(1))
   np.savez(files['NONE'], arr_0=some_images(1)[:0])
   np.savez(files['FLOAT'], arr_0=some_images(4).astype(np.float32))
+  np.savez(files['NAN'], mu=np.full(8, np.nan), sigma=np.eye(8))
+  np.savez(files['SMALL'], mu=np.zeros(8), sigma=np.eye(8))
+  np.savez(files['MORE'], arr_0=some_images(4, 8), labels=np.arange(3))
+  np.savez(files['ELEVEN'], arr_0=some_images(4, 8), labels=np.array([0, 1, 2, 11]))
   safetensors.numpy.save_file({'features.0.weight': np.zeros(3, np.float32)}, files['VGG'])
   arguments = [f'{flag}={files.get(value, value)}' for flag, value in (o.split('=', 1) for o in options)]
   assert main(['evaluate', f'--out={tmp_path / "x.json"}', *arguments]) == 2
@@ -364,10 +398,9 @@ def test_grid_compares_all_combinations(workdirs, tmp_path, capsys):
   assert len(set(distances)) > 1 and figures['best']['classifier_frechet_distance'] == min(distances)
   assert Image.open(tmp_path / 'x.png').size[0] > 300
   assert len(capsys.readouterr().err.strip().splitlines()) >= 5  # the table: a title and a line for each point
-  for wrong, word in (('cfg=a', 'cfg'), ('seed=1', 'seed'), ('cfg', 'cfg')):
+  for wrong, word in (('cfg=a', 'cfg'), ('seed=1', 'seed'), ('cfg', 'cfg'), ('cfg=1;cfg=2', 'twice')):
     assert main(['evaluate', f'--workdir={generator}', f'--grid={wrong}', f'--out={tmp_path / "y.json"}']) == 2
     assert word in capsys.readouterr().err
-  assert main(['evaluate', f'--workdir={workdirs[0]}', '--grid=cfg=1', f'--out={tmp_path / "y.json"}']) == 2
 
 
 def test_report_is_one_file_with_every_part(workdirs, tmp_path):

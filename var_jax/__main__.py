@@ -29,16 +29,19 @@ example: var-jax train --config=experiments/digits.py:tokenizer --workdir=runs/d
 def main(arguments=None):
   """Runs one command. Exit status 0, 2 for bad input, 130 and 143 after Ctrl-C and SIGTERM."""
   arguments = sys.argv[1:] if arguments is None else arguments
-  verb = arguments[0] if arguments else '--help'
+  verb = arguments[0] if arguments else None
   if verb in ('--help', '-h', 'help'):
     print(USAGE % '\n'.join(f'  {name:12} {text}' for name, text in VERBS.items()))
-    return 0 if arguments else 2
+    return 0
   try:
     if verb not in VERBS:
-      raise UserError(f'there is no verb {verb!r}: use one of {", ".join(VERBS)}')
+      raise UserError(f'{f"there is no verb {verb!r}" if verb else "a verb is missing"}: use one of {", ".join(VERBS)}')
     return importlib.import_module(f'var_jax.commands.{verb}').main(arguments[1:]) or 0
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
+    return 2
+  except MemoryError:
+    print('error: that is more than fits into memory: ask for fewer or smaller images at a time', file=sys.stderr)
     return 2
   except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
     os._exit(0)

@@ -135,6 +135,12 @@ def make_generator(config, tokenizer):
       tokenizer.pyramid, tokenizer.codes, tokenizer.channels, **fields, dtype=activation_dtype(config))
 
 
+def image_size(workdir):
+  """(height, width) in pixels that a workdir's model takes and gives."""
+  config = read_config(workdir)
+  return tuple((config if config.stage == 'tokenizer' else read_config(pathlib.Path(workdir) / 'tokenizer')).image_size)
+
+
 def tokenizer_shapes(tokenizer):
   """Shapes of a `Tokenizer`'s parameters."""
   return _shapes(tokenizer, jax.ShapeDtypeStruct((1, *tokenizer.image_size, 3), jnp.float32))
@@ -156,7 +162,7 @@ def load_tokenizer(workdir, say=note, *, raw=False):
   if config.stage == 'generator':
     return load_tokenizer(pathlib.Path(workdir) / 'tokenizer', say)
   tokenizer = make_tokenizer(config)
-  return tokenizer, _load_params(workdir, tokenizer_shapes(tokenizer), say, raw and config.ema)[0]
+  return tokenizer, _load_params(workdir, tokenizer_shapes(tokenizer), say, raw and config.ema)
 
 
 def load_generator(workdir, say=note, *, raw=False):
@@ -168,25 +174,29 @@ def load_generator(workdir, say=note, *, raw=False):
   if config.stage != 'generator':
     raise UserError(f'{workdir} holds a tokenizer: give the workdir of a generator')
   tokenizer, tokenizer_params = load_tokenizer(workdir, say)
-  generator = make_generator(config, tokenizer)
-  params, metadata = _load_params(workdir, generator_shapes(generator), say, raw and config.ema)
-  found = fingerprint(tokenizer_params)
-  if metadata.get('tokenizer') != found:
-    raise UserError(
-        f'the tokenizer in {workdir}/tokenizer is not the one that this generator was trained with (fingerprint '
-        f'{found}, wanted {metadata.get("tokenizer")}): restore that folder from the workdir it was trained with')
+  generator, found = make_generator(config, tokenizer), fingerprint(tokenizer_params)
+
+  def check(metadata):
+    if metadata and metadata.get('tokenizer') != found:
+      raise UserError(
+          f'the tokenizer in {workdir}/tokenizer is not the one that this generator was trained with (fingerprint '
+          f'{found}, wanted {metadata.get("tokenizer")}): restore that folder from the workdir it was trained with')
+
+  params = _load_params(workdir, generator_shapes(generator), say, raw and config.ema, check)
   return generator, params, tokenizer, tokenizer_params
 
 
-def _load_params(workdir, shapes, say, raw):
+def _load_params(workdir, shapes, say, raw, check=lambda metadata: None):
+  """Parameters of the newest readable checkpoint. check: is called with what was stored beside them."""
   if not (pathlib.Path(workdir) / 'checkpoints').is_dir():
     raise UserError(f'{workdir} has no checkpoint yet: train it first, or wait for its first one')
   checkpoints = Checkpoints(workdir, say=say)
   try:
-    params, _, metadata = checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]), raw)
+    check(checkpoints.newest_metadata())
+    params, _, _ = checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]), raw)
   finally:
     checkpoints.close()
-  return params, metadata
+  return params
 
 
 def _begins(workdir, config):

@@ -1,11 +1,13 @@
 """`var-jax evaluate`: a workdir's model, or samples at hand, against real images; prints and writes JSON."""
 
 import json
+import os
 import pathlib
 import sys
 
 from var_jax.commands import flags, output
-from var_jax.errors import UserError
+from var_jax.errors import UserError, note
+from var_jax.workdir import read_config
 
 EXAMPLE = ('var-jax evaluate --workdir=runs/digits/generator --features=classifier --out=judged.json\n'
            '  var-jax evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --features=inception '
@@ -21,6 +23,8 @@ def main(arguments):
   parser.add_argument('--samples', metavar='X.npz|DIR', help='images to evaluate in place of what a generator draws')
   parser.add_argument('--reference', metavar='X.npz|DIR', help='real images, or statistics (mu, sigma, mu_s, sigma_s); '
                       "default: the training images of the workdir's data")
+  parser.add_argument('--data', metavar='[KIND:]PATH', help="where the workdir's images are, when not in its config's "
+                      'place; KIND: folder, arrays or tfds')
   parser.add_argument('--features', choices=['inception', 'classifier'],
                       help='default: inception with --weights, classifier without')
   parser.add_argument('--weights', metavar='FILE', help="the FID Inception, pytorch-fid's .pth or as .safetensors")
@@ -35,27 +39,55 @@ def main(arguments):
                       'the JSON')
   parser.add_argument('--out', metavar='X.json', help='default: evaluation.json in the workdir or beside the samples')
   options = parser.parse_args(arguments)
-  out = _checked(options)
+  out = _checked(options, arguments)
 
   from var_jax.evaluation import grid
   from var_jax.evaluation.run import Request, figures_of
 
-  names = ('workdir', 'samples', 'reference', 'weights', 'resize', 'per_class', 'seed', 'batch_size')
+  names = ('workdir', 'samples', 'reference', 'data', 'weights', 'resize', 'per_class', 'seed', 'batch_size')
   lpips_weights = tuple(options.lpips_weights.split(',')) if options.lpips_weights else ()
   points = tuple(grid.parse(options.grid)) if options.grid else ()
   figures = figures_of(Request(
-      **{name: getattr(options, name) for name in names}, lpips_weights=lpips_weights, grid=points,
-      inception=options.features == 'inception', choices=flags.choices(options)))
+      **{name: getattr(options, name) for name in names}, folder=_folder(options, out), lpips_weights=lpips_weights,
+      inception=options.features == 'inception', choices=flags.choices(options), grid=points))
   if points:
     print(grid.table(points, figures['grid']), file=sys.stderr)
     grid.plot(out.with_suffix('.png'), points, figures['grid'])
-  output.make_folder(out.parent)
   output.save_text(out, json.dumps(figures, indent=2) + '\n')
   print(json.dumps(figures, indent=2))
   print(f'written to {out}', file=sys.stderr)
 
 
-def _checked(options):
+def _folder(options, out):
+  """Where samples, judge, statistics and the report are kept: the workdir, or beside the JSON when it is read-only."""
+  if not options.workdir or os.access(options.workdir, os.W_OK):
+    return options.workdir
+  note(f'{options.workdir} cannot be written to: samples, judge and report go to {out.parent}')
+  return str(out.parent)
+
+
+DRAWING = ('cfg', 'top_k', 'top_p', 'temperature', 'smooth', 'per_class', 'seed', 'grid')
+
+
+def _note_useless(options, given):
+  """Says which of the flags that were given are ignored. UserError for a grid, which would be all that was asked."""
+  useless = {}
+  if options.samples:
+    useless |= dict.fromkeys(('lpips_weights', *DRAWING), '--samples are there already')
+  elif read_config(options.workdir).stage == 'tokenizer':
+    useless |= dict.fromkeys(('reference', *DRAWING), f'{options.workdir} holds a tokenizer')
+  else:
+    useless['lpips_weights'] = f'{options.workdir} holds a generator'
+  if options.features == 'classifier':
+    useless |= dict.fromkeys(('weights', 'resize'), 'the features are a classifier\'s')
+  for name in given:
+    if name in useless and name != 'grid':
+      note(f'--{name} has no use here, for {useless[name]}')
+    elif name in useless:
+      raise UserError(f'--grid draws its samples itself, but {useless[name]}: give the --workdir of a generator alone')
+
+
+def _checked(options, arguments):
   """The path of the JSON file. UserError for flags that do not go together, before anything is computed."""
   for flag in ('per_class', 'batch_size'):
     flags.in_range(f'--{flag}', getattr(options, flag), 1)
@@ -71,8 +103,8 @@ def _checked(options):
                     '--features=inception --weights=FILE')
   if not options.workdir and not options.reference:
     raise UserError('--samples are compared with real images: add --reference=X.npz, a folder, or --workdir=DIR')
-  if options.grid and (options.samples or not options.workdir):
-    raise UserError('--grid draws its samples itself: give the --workdir of a generator, and no --samples')
+  if options.data and not options.workdir:
+    raise UserError("--data says where a workdir's images are: add --workdir=DIR")
   if options.features == 'classifier' and options.reference:
     raise UserError("--features=classifier compares with the workdir's data alone: leave --reference out")
   samples = pathlib.Path(options.samples or 'samples')
@@ -80,4 +112,6 @@ def _checked(options):
   out = pathlib.Path(options.out or default)
   if out.suffix != '.json':
     raise UserError(f'--out={out} must end in .json')
+  _note_useless(options, flags.given(arguments))
+  output.make_folder(out.parent)
   return out

@@ -37,6 +37,11 @@ def numbers(text):
     raise argparse.ArgumentTypeError(f'{text!r} is not a list of whole numbers such as 0,3,7') from None
 
 
+def given(arguments):
+  """Names of the flags on a command line."""
+  return [argument[2:].partition('=')[0] for argument in arguments if argument.startswith('--')]
+
+
 def read_config(path, overrides):
   """The locked config of 'FILE.py:argument' with overrides ['--config.a.b=v', …]. UserError for anything unknown."""
   file = path.partition(':')[0]

@@ -7,7 +7,7 @@ import numpy as np
 from var_jax import pictures, progress
 from var_jax.commands import flags, output
 from var_jax.data.images import fit, read_image
-from var_jax.data.sources import SUFFIXES, image_files, open_source
+from var_jax.data.sources import SUFFIXES, image_files, moved, open_source
 from var_jax.errors import UserError
 
 EXAMPLE = ('var-jax reconstruct --workdir=runs/photos/tokenizer --images=cat.jpg,dog.png --out=scales.png\n'
@@ -24,6 +24,7 @@ def main(arguments):
   parser.add_argument('--workdir', required=True, metavar='DIR', help="a tokenizer's or a generator's workdir")
   parser.add_argument('--images', metavar='FILE|DIR,...', help='images or folders; fitted to the size of the model')
   parser.add_argument('--held_out', type=int, metavar='N', help="or: the first N validation images of the model's data")
+  parser.add_argument('--data', metavar='[KIND:]PATH', help='where these are, when not in the place of its config')
   parser.add_argument('--tokens', metavar='X.npz', help='or: tokens (N,L) that reconstruct, sample or edit left')
   parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='a picture; arrays: arr_0, tokens, '
                       'scales; or a folder: the last scale alone, and tokens.npz')
@@ -34,6 +35,8 @@ def main(arguments):
   tokens = _read_tokens(options.tokens) if options.tokens else None
   files = _files(options.images) if options.images else None
   output.check(options.out, files or [])
+  if options.data and not options.held_out:
+    raise UserError("--data says where the model's images are: add --held_out=N to take some of them")
 
   from var_jax.model import load
 
@@ -107,7 +110,8 @@ def _images(options, files, size):
     return _read(files, size)
   from var_jax.workdir import read_config
 
-  data = read_config(options.workdir).data
+  config = read_config(options.workdir)
+  data = (moved(config, options.data) if options.data else config).data
   source = open_source(data.source, data.path, 'validation')
   return np.stack([fit(source[i][0], size, enlarge=1) for i in range(min(options.held_out, len(source)))])
 

@@ -74,7 +74,7 @@ LIMITS = {  # setting: (least, most) of what a run can use
     'model.res_blocks': (0, None), 'model.groups': (1, None), 'model.phi_layers': (0, None),
     'model.width': (0, None), 'model.heads': (0, None), 'model.classes': (0, None), 'progressive.end': (0, 1),
     'progressive.start_scale': (0, None), 'measure.every': (0, None), 'measure.per_class': (1, None),
-    'loss.adversarial_start': (0, 1),
+    'loss.adversarial_start': (0, 1), 'sample.cfg': (0, 100), 'sample.top_k': (0, None), 'sample.top_p': (0, 1),
 }
 
 
@@ -89,6 +89,8 @@ def check(config):
       raise UserError(f'{name} is {value}: it must be {least} or more' + (f', and at most {most}' if most else ''))
   if config.optimizer.schedule not in SCHEDULES:
     raise UserError(f'there is no schedule {config.optimizer.schedule!r}: use one of {", ".join(SCHEDULES)}')
+  if not all(0 <= beta < 1 for beta in config.optimizer.betas) or len(config.optimizer.betas) != 2:
+    raise UserError(f'optimizer.betas are {config.optimizer.betas}: give two numbers, each at least 0 and below 1')
   if not config.steps and not config.epochs:
     raise UserError('the run has no length: set --config.steps=N or --config.epochs=N')
   if not config.optimizer.peak_lr > 0:
@@ -127,6 +129,9 @@ def make_stage(config, workdir, steps):
   place, tokenizer, params = workdir_lib.find_tokenizer(workdir, config.tokenizer)
   generator = workdir_lib.make_generator(config, tokenizer)
   _check_frozen(config, lambda: workdir_lib.generator_shapes(generator))
+  if config.progressive.end and config.progressive.start_scale >= len(generator.pyramid):
+    raise UserError(f'progressive.start_scale is {config.progressive.start_scale}, but scales count from 0 to '
+                    f'{len(generator.pyramid) - 1}: choose a smaller one')
   initial = workdir_lib.initial_generator(workdir, config, generator)
   stage = GeneratorStage(config, generator, tokenizer, params, workdir_lib.fingerprint(params), steps, initial)
   return stage, lambda: workdir_lib.keep_tokenizer(workdir, place, params)

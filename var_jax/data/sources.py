@@ -28,6 +28,14 @@ def image_files(folder):
   return sorted(p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and not p.name.startswith('.'))
 
 
+def moved(config, place):
+  """A config with its data elsewhere: 'PATH', or 'KIND:PATH' for another kind of data, such as folder:/data/photos."""
+  kind, _, path = place.rpartition(':')
+  config = config.copy_and_resolve_references().unlock()
+  config.data.update(path=path, **({'source': kind} if kind else {}))
+  return config.lock()
+
+
 def open_source(kind, path=None, split='train'):
   """Source of a kind: 'digits' (no path), 'folder', 'arrays' (.npz or folder of IDX files) or 'tfds' (prepared data).
 
@@ -43,7 +51,7 @@ def open_source(kind, path=None, split='train'):
       raise UserError(f'the digits need no path, but {str(path)!r} was given: leave it out, or choose another source')
     return kinds[kind](split)
   if not path or not os.path.exists(path):
-    hint = 'give it with --config.data.path=PATH'
+    hint = 'give it with --config.data.path=PATH to train, with --data=PATH to evaluate or reconstruct'
     if path and 'fashion-mnist' in str(path):
       hint = 'on Debian or Ubuntu, run `apt-get install dataset-fashion-mnist`'
     raise UserError(f'no data at {str(path or "")!r} for the source {kind!r}: {hint}')

@@ -11,6 +11,7 @@ import numpy as np
 
 from var_jax.data.images import fit
 from var_jax.data.sources import open_source
+from var_jax.errors import UserError
 from var_jax.evaluation import fid
 from var_jax.evaluation.image_sets import ArrayImages
 from var_jax.evaluation.judge import export_judge, load_judge, save_judge, train_judge
@@ -30,18 +31,20 @@ class RealImages:
     self.held_out = _images(open_source(config.data.source, config.data.path, 'validation'), size)
 
 
-def find_judge(real, workdir):
-  """The judge of these images: the one in `workdir/judge.npz` if it was trained on the same, else a new one.
+def find_judge(real, folder):
+  """The judge of these images: the one in `folder/judge.npz` if it was trained on the same, else a new one.
 
-  A new one is kept there, and as an artifact in `judge.jaxexport`.
+  It is kept there, and as an artifact in `judge.jaxexport`.
   """
   images, labels = real.train
   name = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:12]
-  path = pathlib.Path(workdir) / 'judge.npz'
+  path = pathlib.Path(folder) / 'judge.npz'
   judge = load_judge(path, name, images.shape[1:], real.classes)
   if judge is None:
     judge = train_judge(images, labels, real.classes, progress=True)
     save_judge(path, name, judge)
+    path.with_suffix('.jaxexport').unlink(missing_ok=True)
+  if not path.with_suffix('.jaxexport').exists():
     export_judge(path.with_suffix('.jaxexport'), judge)
   return judge
 
@@ -55,6 +58,9 @@ def figures(judge, real, images_NxHxWx3, labels_N=None):
   compared = fid.compare(*(fid.gather(ArrayImages(images), extractor) for images in (images_NxHxWx3, train)))
   found = {'judge_accuracy_on_real_images': judge.accuracy(*real.held_out), 'samples': len(images_NxHxWx3)}
   if labels_N is not None:
+    if not 0 <= labels_N.min() <= labels_N.max() < real.classes:
+      raise UserError(f'labels of the samples run from {labels_N.min()} to {labels_N.max()}, the data has classes 0 to '
+                      f'{real.classes - 1}: give labels of this data, or leave them out')
     right = judge.predict(images_NxHxWx3) == labels_N
     by_class = {int(label): float(right[labels_N == label].mean()) for label in np.unique(labels_N)}
     weakest = min(by_class, key=by_class.get)

@@ -7,6 +7,7 @@
 
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,19 +108,30 @@ def gather(images, extractor, title='images'):
 
 
 def read_statistics(path):
-  """Gathered from an `.npz` of statistics (mu, sigma, perhaps mu_s, sigma_s and pool), or None when it holds none."""
+  """Gathered from an `.npz` of statistics (mu, sigma, perhaps mu_s, sigma_s and pool), or None when it holds none.
+
+  UserError for statistics that are none: other shapes, NaN.
+  """
   if pathlib.Path(path).suffix != '.npz' or not pathlib.Path(path).is_file():
     return None
   try:
-    arrays = np.load(path)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    with np.load(path) as file:
+      if not {'mu', 'sigma'} <= set(file.files):
+        return None
+      arrays = {name: file[name] for name in ('mu', 'sigma', 'mu_s', 'sigma_s', 'pool') if name in file.files}
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
     return None  # whoever opens it as images says what is wrong
-  with arrays:
-    if 'mu' not in arrays.files or 'sigma' not in arrays.files:
-      return None
-    spatial = (arrays['mu_s'], arrays['sigma_s']) if 'mu_s' in arrays.files else None
-    rows = arrays['pool'] if 'pool' in arrays.files else None
-    return Gathered(0, (arrays['mu'], arrays['sigma']), spatial, rows)
+  pool, spatial = _moments(arrays, '', path), _moments(arrays, '_s', path) if 'mu_s' in arrays else None
+  return Gathered(0, pool, spatial, arrays.get('pool'))
+
+
+def _moments(arrays, end, path):
+  """(mean, covariance) of an `.npz`; UserError when they are none."""
+  mu, sigma = arrays[f'mu{end}'], arrays.get(f'sigma{end}', np.empty(0))
+  if mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape) or not np.isfinite(mu.sum() + sigma.sum()):
+    raise UserError(f'mu{end} {mu.shape} and sigma{end} {sigma.shape} in {path} are not a finite mean and covariance: '
+                    'compute them again')
+  return mu, sigma
 
 
 def write_statistics(path, gathered):

@@ -14,6 +14,8 @@ def parse(text):
     name, _, values = part.partition('=')
     if name not in kinds:
       raise UserError(f'--grid has no axis {name!r}: use some of {", ".join(kinds)}, as in "cfg=1,1.5;top_p=0.9,0.96"')
+    if name in axes:
+      raise UserError(f'--grid names {name} twice: give its values in one list, as in "{name}={values},..."')
     try:
       axes[name] = [kinds[name](value) for value in values.split(',')]
     except ValueError:

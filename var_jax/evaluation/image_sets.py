@@ -32,7 +32,7 @@ class NpzImages:
     self.path = path
     with self._opened() as (_, shape, dtype):
       if dtype != np.uint8:
-        raise UserError(f'{path} holds {dtype} images, with NaN or not: store uint8 images, 0 to 255')
+        raise UserError(f'arr_0 in {path} is {dtype}: store uint8 images, 0 to 255')
       if len(shape) != 4 or shape[-1] != 3:
         raise UserError(f'arr_0 in {path} has the shape {shape}: store images as (N, H, W, 3)')
     self.count, self.size, self._shape = shape[0], shape[1:3], shape[1:]

@@ -18,6 +18,7 @@ from var_jax.weights import match_shapes, read_tensors
 SIZE = 299
 OUTPUTS = 1008
 EPSILON = 1e-3  # of the batch norms
+FEATURES = 2048
 SPATIAL_CHANNELS = 7  # as many as sFID reads, to stay near the 2048 of the pooled features: 17 * 17 * 7 = 2023
 
 
@@ -225,7 +226,7 @@ def _shapes(convs):
   for name, shape in convs.items():
     shapes[f'{name}.conv.weight'] = shape
     shapes |= {f'{name}.bn.{part}': shape[:1] for part in ('weight', 'bias', 'running_mean', 'running_var')}
-  return shapes | {'fc.weight': (OUTPUTS, 2048), 'fc.bias': (OUTPUTS,)}
+  return shapes | {'fc.weight': (OUTPUTS, FEATURES), 'fc.bias': (OUTPUTS,)}
 
 
 def _full_name(prefix, conv):

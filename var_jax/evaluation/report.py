@@ -36,8 +36,8 @@ td + td {{ text-align: right; font-variant-numeric: tabular-nums; }} pre {{ over
 """
 
 
-def write(workdir, model, config, figures, samples=None):
-  """Writes `workdir/report.html` and returns its path.
+def write(folder, workdir, model, config, figures, samples=None):
+  """Writes `folder/report.html` of the model in a workdir.
 
   figures: {name: number or text} of the evaluation; samples: (images (N, H, W, 3) uint8, labels (N,)) of a generator.
   """
@@ -57,8 +57,7 @@ def write(workdir, model, config, figures, samples=None):
   parts.append(('Environment', _table(_environment())))
   body = '\n'.join(f'<h2>{title}</h2>\n{content}' for title, content in parts if content)
   title = f'var_jax {config.stage}: {"/".join(workdir.absolute().parts[-2:])}'
-  (workdir / 'report.html').write_text(PAGE.format(title=html.escape(title), body=body))
-  return workdir / 'report.html'
+  (pathlib.Path(folder) / 'report.html').write_text(PAGE.format(title=html.escape(title), body=body))
 
 
 def _table(rows):

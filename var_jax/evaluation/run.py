@@ -4,14 +4,16 @@ import hashlib
 import itertools
 import json
 import pathlib
+import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 
 from var_jax import workdir as workdir_lib
-from var_jax.data.sources import open_source
+from var_jax.data.sources import moved, open_source
 from var_jax.errors import UserError, note
-from var_jax.evaluation import classes, fid, grid, likelihood, reconstruction, report
+from var_jax.evaluation import classes, fid, grid, inception, likelihood, reconstruction, report
 from var_jax.evaluation.drawing import draw
 from var_jax.evaluation.image_sets import NpzImages, SourceImages, open_images
 from var_jax.model import load
@@ -23,13 +25,16 @@ KEPT_ROWS = 10_000  # of a data set's features, for precision and recall
 class Request(NamedTuple):
   """What `var-jax evaluate` was asked for. inception: by its features, else by a classifier's.
 
-  workdir, samples, reference, weights: paths or None; choices: keyword arguments of `Model.sample`; grid: points of
-  them to compare, see `grid.parse`.
+  workdir, samples, reference, weights: paths or None; folder: where samples, judge, statistics and the report are kept;
+  data: the images' place where it is not the config's, see `sources.moved`; choices: keyword arguments of
+  `Model.sample`; grid: points of them to compare, see `grid.parse`.
   """
 
   workdir: str | None
   samples: str | None
   reference: str | None
+  folder: str
+  data: str | None
   inception: bool
   weights: str | None
   resize: str
@@ -45,19 +50,19 @@ def figures_of(request):
   """{name: number or text}. Raises UserError for what cannot be compared.
 
   With a grid: {'figure': the name that points are compared by, 'best': row, 'grid': rows}. A workdir's model gets a
-  `report.html` in it.
+  `report.html`.
   """
   config = workdir_lib.read_config(request.workdir) if request.workdir else None
+  if request.data:
+    config = moved(config, request.data)
   samples = open_images(request.samples) if request.samples else None
   if samples is not None:
     fid.check_count(samples)
-  if request.inception and request.reference:
-    _check_sizes(samples, request)
+  _check_sizes(samples, request)
   if samples is not None:
-    return _comparison(request, config, samples.size)(samples, _labels(request.samples, samples.count))
+    labels = _labels(request.samples, samples.count)
+    return _comparison(request, config, samples.size)(samples, labels)
   model = load(request.workdir)
-  if request.grid and config.stage == 'tokenizer':
-    raise UserError(f'{request.workdir} holds a tokenizer, which draws nothing: give a generator for --grid')
   if config.stage == 'tokenizer':
     figures, drawn = _of_tokenizer(request, config, model), None
   else:
@@ -69,7 +74,7 @@ def figures_of(request):
     if request.reference and not _has_data(config):  # a converted model may be evaluated without its data set
       return figures
     figures = likelihood.figures(model, config, request.batch_size) | figures
-  report.write(request.workdir, model, config, figures, drawn)
+  report.write(request.folder, request.workdir, model, config, figures, drawn)
   return figures
 
 
@@ -92,7 +97,7 @@ def _of_tokenizer(request, config, model):
 def _of_drawn(request, model, compare, choices):
   """(figures of samples that the generator draws, the first images of each class with their labels)."""
   labels = np.repeat(np.arange(model.generator.classes), request.per_class)
-  path = pathlib.Path(request.workdir) / 'evaluation_samples.npz'
+  path = pathlib.Path(request.folder) / 'evaluation_samples.npz'
   draw(model, labels, request.seed, path, choices, request.batch_size)
   images = open_images(path)
   shown = labels[:report.MOST_CLASSES * request.per_class]
@@ -105,13 +110,13 @@ def _comparison(request, config, size):
   """A function of (image set, labels or None) -> figures against the reference, which is read once."""
   if not request.inception:
     real = classes.RealImages(config, size)
-    judge = classes.find_judge(real, request.workdir)
+    judge = classes.find_judge(real, request.folder)
     return lambda images, labels: classes.figures(judge, real, np.concatenate(list(images.batches(1024))), labels)
   extractor = fid.inception_extractor(request.weights, request.resize)
   if request.reference:
     reference = _reference(request.reference, extractor)
   else:
-    reference = own_reference(request.workdir, config, size, extractor, request.weights, request.resize)
+    reference = own_reference(request.folder, config, size, extractor, request.weights, request.resize)
   return lambda images, labels: {'samples': images.count, 'resize': request.resize} | fid.compare(
       fid.gather(images, extractor, 'samples'), reference)
 
@@ -120,25 +125,43 @@ def _labels(path, count):
   """(N,) labels beside the images of an .npz, None where there are none."""
   if not pathlib.Path(path).is_file():
     return None
-  with np.load(path) as arrays:
-    labels = arrays['labels'] if 'labels' in arrays.files else None
-  return labels if labels is not None and labels.shape == (count,) else None
+  try:
+    with np.load(path) as arrays:
+      labels = arrays['labels'] if 'labels' in arrays.files else None
+  except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    raise UserError(f'cannot read the labels in {path} ({error}): write the file again') from error
+  if labels is None:
+    return None
+  if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+    raise UserError(f'{path} has {count} images, its labels are {labels.dtype} {labels.shape}: give each image one '
+                    'whole number, or leave labels out')
+  return labels
 
 
 def _check_sizes(samples, request):
-  """UserError when the reference is too small or of another size, before anything is computed."""
-  if fid.read_statistics(request.reference):
-    return
-  reference = open_images(request.reference)
-  fid.check_count(reference)
-  if samples and reference.size != samples.size:
-    raise UserError(f'{request.samples} has images of {samples.size[0]}x{samples.size[1]} pixels, {request.reference} '
-                    f'of {reference.size[0]}x{reference.size[1]}: compare images of one size')
+  """UserError when what is compared is too few or not of one size, before anything is computed."""
+  sizes = {}
+  if samples:
+    sizes[request.samples] = samples.size
+  if request.reference and not fid.read_statistics(request.reference):
+    reference = open_images(request.reference)
+    fid.check_count(reference)
+    sizes[request.reference] = reference.size
+  if not (samples and request.reference):  # the model's own size: its samples have it, and its data is fitted to it
+    sizes[request.workdir] = workdir_lib.image_size(request.workdir)
+  (first, (height, width)), *others = sizes.items()
+  for other, size in others:
+    if tuple(size) != (height, width):
+      raise UserError(f'{first} has images of {height}x{width} pixels, {other} of {size[0]}x{size[1]}: compare images '
+                      'of one size')
 
 
 def _reference(path, extractor):
   """Gathered of an .npz of statistics, of images or of both, or of a folder."""
   statistics = fid.read_statistics(path)
+  if statistics and statistics.pool[0].shape != (inception.FEATURES,):
+    raise UserError(f'{path} has statistics of {len(statistics.pool[0])} features, the FID Inception gives '
+                    f'{inception.FEATURES}: compute them with the same network')
   if statistics is None:
     return fid.gather(open_images(path), extractor, 'reference')
   try:
@@ -148,12 +171,12 @@ def _reference(path, extractor):
   return statistics._replace(pool_NxD=fid.gather(images, extractor, 'reference').pool_NxD)
 
 
-def own_reference(workdir, config, size, extractor, weights, resize):
-  """Gathered of the training images of a workdir's data, kept in the workdir. weights, resize: the extractor's."""
+def own_reference(folder, config, size, extractor, weights, resize):
+  """Gathered of the training images of a config's data, kept in a folder. weights, resize: the extractor's."""
   file = pathlib.Path(weights).stat()
   key = [config.data.source, config.data.path, list(size), resize, file.st_size, file.st_mtime_ns]
   name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-  path = pathlib.Path(workdir) / f'reference_{name}.npz'
+  path = pathlib.Path(folder) / f'reference_{name}.npz'
   if (kept := fid.read_statistics(path)) is not None:
     return kept
   source = open_source(config.data.source, config.data.path, 'train')

@@ -31,6 +31,16 @@ def _joined(model, rest, frozen):
   return whole.replace(frozen=frozen)
 
 
+def _check_shapes(stored, wanted):
+  """Raises ValueError that names a parameter of another shape: orbax would find it only while it reads, and noisily."""
+  stored, wanted = ({jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+                     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]} for tree in (stored, wanted))
+  for name in sorted(stored.keys() | wanted.keys()):
+    if stored.get(name) != wanted.get(name):
+      raise ValueError(f'it holds another model: {name} is {stored.get(name, "missing")} in it, '
+                       f'{wanted.get(name, "unknown")} in config.json')
+
+
 @contextlib.contextmanager
 def _quiet():
   """Silences orbax and absl, whose notes about asynchronous internals would drown our own."""
@@ -135,8 +145,9 @@ class Checkpoints:
     for step in reversed(steps):
       try:
         with _quiet():
-          items = self._orbax.load_checkpointables(step, wanted)
-          metadata = self._orbax.checkpointables_metadata(step).custom_metadata
+          stored = self._orbax.checkpointables_metadata(step)
+          _check_shapes(stored.metadata['model'], wanted['model'])
+          items, metadata = self._orbax.load_checkpointables(step, wanted), stored.custom_metadata
         if reasons:
           self.say(f'using checkpoint {step} instead')
         return items, step, metadata or {}
