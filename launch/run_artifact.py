@@ -19,7 +19,6 @@ parser.add_argument('--labels', default='0', help='classes, such as 0,3,7')
 parser.add_argument('--seed', type=int, default=0)
 parser.add_argument('--cfg', type=float, default=1.5)
 parser.add_argument('--out', default='images.npz', type=pathlib.Path)
-options = parser.parse_args()
 
 
 def require(good, message):
@@ -28,6 +27,8 @@ def require(good, message):
     sys.exit(print(f'error: {message}', file=sys.stderr) or 2)
 
 
+parser.error = lambda message: require(False, f'{message}; see --help')
+options = parser.parse_args()
 file = options.folder / 'sample.jaxexport'
 require(file.is_file(), f'there is no {file}: export the workdir of a generator')
 try:
@@ -47,6 +48,9 @@ require(options.out.suffix == '.npz' and os.access(options.out.parent, os.W_OK) 
         f'--out={options.out}: give an .npz file in a folder that can be written to')
 
 labels = np.array(numbers, np.int32)
-images = jax.jit(sample.call)(*inputs, labels, np.uint32(options.seed), np.float32(options.cfg))
+try:
+  images = jax.jit(sample.call)(*inputs, labels, np.uint32(options.seed), np.float32(options.cfg))
+except (TypeError, ValueError) as error:
+  require(False, f'the files in {options.folder} do not belong together, export again: {str(error).splitlines()[0]}')
 np.savez(options.out, arr_0=np.asarray(images), labels=labels)
 print(f'{len(labels)} images in {options.out}')

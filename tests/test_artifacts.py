@@ -116,12 +116,17 @@ def test_artifact_of_another_platform_says_so(workdirs, tmp_path):
 
 @pytest.mark.parametrize('options, word', [
     (['--labels='], '--labels'), (['--labels=0,10'], '0 to 9'), (['--seed=-1'], '--seed'), (['--cfg=nan'], '--cfg'),
-    (['--out=missing/x.npz'], '--out'), (['CUT'], 'no whole export')])
+    (['--out=missing/x.npz'], '--out'), (['CUT'], 'no whole export'),
+    (['--cfg=much'], '--cfg'), (['SWAPPED'], 'do not belong together')])
 def test_example_refuses_what_cannot_be_drawn(folder, tmp_path, options, word):
   if options == ['CUT']:
     shutil.copytree(folder, tmp_path / 'cut')
     truncate(tmp_path / 'cut')
     folder, options = tmp_path / 'cut', []
+  if options == ['SWAPPED']:
+    shutil.copytree(folder, tmp_path / 'swapped')
+    shutil.copy(folder / 'decode.jaxexport', tmp_path / 'swapped/sample.jaxexport')
+    folder, options = tmp_path / 'swapped', []
   ran = run_artifact(folder, tmp_path / 'x.npz', *options)
   assert ran.returncode == 2 and ran.stderr.startswith('error: ') and ran.stderr.count('\n') == 1
   assert word in ran.stderr and not (tmp_path / 'x.npz').exists()

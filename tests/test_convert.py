@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import shutil
 
 import golden_files
 import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
+from tiny_runs import train_both
 
+import var_jax
 from var_jax import workdir as workdir_lib
 from var_jax.__main__ import main
 from var_jax.errors import UserError
@@ -132,6 +135,26 @@ def test_trained_models_leave_and_return(files, tmp_path):
   assert tokenizer.image_size == (64, 96) and tokenizer.pyramid == Pyramid.of((1, (2, 3), (4, 6)))
   assert main(['convert', f'--workdir={tmp_path / "w"}', f'--to_torch={tmp_path / "out"}']) == 0
   assert [file.stem for file in (tmp_path / 'out').iterdir()] == ['vae']
+
+
+def test_what_a_checkpoint_cannot_hold_comes_along(tmp_path_factory, tmp_path, capsys):
+  """The tiny tokenizer has 8 channels, so 8 groups at most; phi and lookup are set apart by hand."""
+  _, tokenizer, _ = train_both(tmp_path_factory)
+  shutil.copytree(tokenizer, tmp_path / 't')
+  config = json.loads((tmp_path / 't/config.json').read_text())
+  config['model'] |= {'groups': 4, 'phi_ratio': 0.25, 'normalized_lookup': True}
+  (tmp_path / 't/config.json').write_text(json.dumps(config))
+  assert main(['convert', f'--workdir={tmp_path / "t"}', f'--to_torch={tmp_path / "out"}']) == 0
+  assert 'groups 4, there 32' in capsys.readouterr().err
+  file = next((tmp_path / 'out').glob('vae.[ps]*'))
+  assert main(['convert', f'--tokenizer={file}', f'--workdir={tmp_path / "w"}', '--patch_nums=1,2,4']) == 0
+  images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+  first, again = var_jax.load(tmp_path / 't'), var_jax.load(tmp_path / 'w')
+  np.testing.assert_array_equal(first.encode(images), again.encode(images))
+  np.testing.assert_array_equal(first.decode(first.encode(images)), again.decode(first.encode(images)))
+  (tmp_path / 'out/vae.json').write_text('[')
+  assert main(['convert', f'--tokenizer={file}', f'--workdir={tmp_path / "x"}', '--patch_nums=1,2,4']) == 2
+  assert 'vae.json' in capsys.readouterr().err
 
 
 def test_training_checkpoint_gives_both_networks(files, workdirs, tmp_path):

@@ -98,8 +98,8 @@ def test_box_is_in_the_files_pixels(workdirs, image):
     ([], '--box'), (['--box=2,2,4,4', '--mask=m.png'], 'either'), (['--box=2,2,4'], 'four'),
     (['--box=4,2,2,4'], '8x8'), (['--box=0,0,9,8'], '8x8'), (['--box=0,0,8,8'], 'keep'), (['--box=a,b,c,d'], 'a,b,c,d'),
     (['--mask=FOLDER/small.png'], '7x8'), (['--mask=FOLDER/clear.png'], 'transparent'),
-    (['--box=2,2,4,4', '--out=FOLDER/a.png'], 'replaced'),
-    (['--mask=FOLDER/mask.png', '--out=FOLDER/mask.png'], 'replaced'),
+    (['--box=2,2,4,4', '--out=FOLDER/a.png'], 'replace'), (['--box=2,2,4,4', '--out=FOLDER'], 'replace'),
+    (['--mask=FOLDER/mask.png', '--out=FOLDER/mask.png'], 'replace'),
     (['--mask=FOLDER/black.png'], 'draw anew'), (['--mask=none.png'], 'none.png'),
     (['--box=2,2,4,4', '--label=10'], 'label 10'), (['--box=2,2,4,4', '--mode=erase'], 'erase'),
     (['--box=2,2,4,4', '--num=0'], '--num')])
@@ -163,7 +163,11 @@ def test_reconstruct_refuses_what_holds_no_images_or_tokens(workdirs, tmp_path, 
   for out in ('empty', 'empty/a.png'):
     assert main(['reconstruct', f'--workdir={workdirs[0]}', f'--images={tmp_path / "empty"}',
                  f'--out={tmp_path / out}']) == 2
-    assert 'replaced' in capsys.readouterr().err
+    assert 'would replace' in capsys.readouterr().err
+  np.savez(tmp_path / 'good.npz', tokens=np.zeros((2, 21), np.int32))
+  assert main(['reconstruct', f'--workdir={workdirs[0]}', f'--tokens={tmp_path / "good.npz"}',
+               f'--out={tmp_path / "good.npz"}']) == 2
+  assert 'would replace' in capsys.readouterr().err
   assert main(['reconstruct', f'--workdir={workdirs[0]}', '--held_out=99999', f'--out={tmp_path / "o.png"}']) == 2
   assert 'too many for one picture' in capsys.readouterr().err
 

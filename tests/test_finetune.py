@@ -100,6 +100,7 @@ def test_rule_of_adaptation():
     ('generator', ['--config.start_from=TOKENIZER'], 'holds a tokenizer'),
     ('tokenizer', ['--config.start_from=TOKENIZER', '--config.model.codes=16'], 'codes 32, this run 16'),
     ('generator', ['--config.freeze=decoder/*'], 'names no parameter'),
+    ('generator', ['--config.freeze=*'], 'nothing to train'),
     ('tokenizer', ['--config.freeze=quantizer/*', '--config.codebook.restart_every=1'], 'restart_every=0')])
 def test_what_does_not_fit_is_refused(trained, tmp_path, capsys, stage, options, word):
   options = [o.replace('TRAINED', str(trained[2])).replace('TOKENIZER', str(trained[1])) for o in options]

@@ -8,6 +8,7 @@ import json
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -53,7 +54,9 @@ def write_tensors(path, tensors):
     mode = part.stat().st_mode  # what other files get; safetensors makes its own private
     if path.suffix in TORCH_SUFFIXES:
       import torch
-      torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, part)
+      with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of read-only arrays, which nobody writes to
+        torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, part)
     else:
       safetensors.numpy.save_file(tensors, part)
     part.chmod(mode)

@@ -45,6 +45,8 @@ def _from_torch(options):
   if not options.tokenizer:
     raise UserError('name the files: --tokenizer=vae.pth, and --generator=var.pth for a generator')
   flags.in_range('--heads', options.heads, 0)
+  if options.heads and not options.generator:
+    raise UserError('--heads is the generator\'s: add --generator=var.pth, or leave it out')
   workdir = pathlib.Path(options.workdir)
   if workdir.exists() and any(workdir.iterdir() if workdir.is_dir() else [workdir]):
     raise UserError(f'{workdir} is there already: choose another --workdir')
@@ -62,12 +64,14 @@ def _to_torch(options):
   out = pathlib.Path(options.to_torch)
   if out.is_file():
     raise UserError(f'--to_torch={out} is a file: name a folder')
-  for name in ('vae.pth', 'var.pth', 'vae.safetensors', 'var.safetensors'):
+  for name in ('vae.pth', 'var.pth', 'vae.safetensors', 'var.safetensors', 'vae.json'):
     if (out / name).exists():
       raise UserError(f'{out / name} is there already: name another folder')
 
   from var_jax.interop import checkpoints
+  from var_jax.workdir import read_config
 
+  read_config(options.workdir)
   output.make_folder(out, '--to_torch')
   for path in checkpoints.write_published(options.workdir, out):
     print(path)

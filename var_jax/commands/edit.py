@@ -28,11 +28,11 @@ def main(arguments):
   flags.add_choices(parser)
   parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='picture, arrays, or a folder')
   options = parser.parse_args(arguments)
-  output.check(options.out, filter(None, [options.image, options.mask]))
   flags.in_range('--num', options.num, 1)
   flags.in_range('--seed', options.seed, 0, 2**32 - 1)
   image = read_image(options.image)
   inside = _inside(options, image.shape[:2])
+  output.check(options.out, filter(None, [options.image, options.mask]))
 
   from var_jax.model import load
 

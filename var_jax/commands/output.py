@@ -11,9 +11,11 @@ PICTURES = ('.png', '.jpg', '.jpeg', '.webp')
 
 
 def check(out, inputs=()):
-  """Raises UserError early when `out` cannot be written, or would replace one of the files that are read."""
+  """Raises UserError early when `out` cannot be written, or is one of the files that are read, or their folder."""
   path = pathlib.Path(out)
-  keep_inputs([path], inputs)
+  for file in map(pathlib.Path, inputs):
+    if path.resolve() in (file.resolve(), file.resolve().parent):
+      raise UserError(f'--out={out} would replace {file}, which is read: choose another --out')
   if path.suffix.lower() not in (*PICTURES, '.npz', ''):
     raise UserError(f'--out={out} has a suffix that is not known: use .png, .npz, or a folder without one')
   if path.suffix and path.is_dir():
@@ -21,14 +23,6 @@ def check(out, inputs=()):
   if not path.suffix and path.is_file():
     raise UserError(f'--out={out} is a file: name a folder, or use a suffix such as .png')
   make_folder(path.parent if path.suffix else path)
-
-
-def keep_inputs(paths, inputs):
-  """Raises UserError when one of the paths to be written is a file that is read."""
-  read = {pathlib.Path(file).resolve() for file in inputs}
-  for path in paths:
-    if path.resolve() in read:
-      raise UserError(f'{path} is read and would be replaced: choose another --out')
 
 
 def make_folder(folder, flag='--out'):

@@ -34,7 +34,7 @@ def main(arguments):
     raise UserError('say which images: one of --images=FILE,..., --held_out=N and --tokens=X.npz')
   tokens = _read_tokens(options.tokens) if options.tokens else None
   files = _files(options.images) if options.images else None
-  output.check(options.out, files or [])
+  output.check(options.out, files or [options.tokens] if files or options.tokens else [])
   if options.data and not options.held_out:
     raise UserError("--data says where the model's images are: add --held_out=N to take some of them")
 
@@ -70,7 +70,6 @@ def _to_folder(model, options, files, tokens):
   else:
     images = _images(options, None, size)
     names = [f'{i:06d}' for i in range(len(images))]
-  output.keep_inputs([pathlib.Path(options.out, f'{name}.png') for name in names], files or [])
   for start in progress.bar(range(0, len(names), AT_A_TIME), title='images', unit='batch'):
     some = slice(start, start + AT_A_TIME)
     if tokens is not None:
@@ -119,6 +118,8 @@ def _images(options, files, size):
 def _read_tokens(path):
   from var_jax.weights import read_tensors
 
+  if not pathlib.Path(path).is_file():
+    raise UserError(f'there is no {path}: give an .npz of tokens that reconstruct, sample or edit wrote')
   tokens = read_tensors(path).get('tokens') if path.endswith('.npz') else None
   if tokens is None:
     raise UserError(f'{path} holds no tokens: give an .npz that reconstruct, sample or edit wrote')

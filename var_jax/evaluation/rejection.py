@@ -4,6 +4,7 @@ import hashlib
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export
 
@@ -25,12 +26,16 @@ class Rejecting:
       self._content = self._path.read_bytes()
       self._artifact = export.deserialize(bytearray(self._content))
     except Exception as error:  # whatever foreign bytes make jax raise
-      raise UserError(f'{classifier} is no readable jax.export artifact ({type(error).__name__}): give one of a '
-                      'classifier, images (b, H, W, 3) uint8 -> logits (b, classes)') from error
+      raise UserError(f'{classifier} is no readable jax.export artifact ({error or type(error).__name__}): give one of '
+                      'a classifier, images (b, H, W, 3) uint8 -> logits (b, classes)') from error
     here = export.default_export_platform()
     if here not in self._artifact.platforms:
       raise UserError(f'{classifier} is for {", ".join(self._artifact.platforms)}, this machine has {here}: export it '
                       'for that')
+    outputs = self._artifact.out_avals
+    if len(outputs) != 1 or outputs[0].ndim != 2 or not jnp.issubdtype(outputs[0].dtype, jnp.floating):
+      raise UserError(f'{classifier} gives {", ".join(map(str, outputs))}: give an artifact of a classifier, images '
+                      '(b, H, W, 3) uint8 -> logits (b, classes) in floating point')
     self._call = jax.jit(self._artifact.call)
 
   @property

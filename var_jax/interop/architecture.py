@@ -13,6 +13,7 @@ PUBLISHED_SCALES = (
 )
 KNOWN_LENGTHS = {Pyramid.of(scales).length: scales for scales in PUBLISHED_SCALES}  # 680, 2240, 9451 tokens
 HEAD_SIZE = 64  # of every published generator
+NOT_IN_FILES = {'groups': 32, 'phi_ratio': 0.5, 'normalized_lookup': False}  # of tokenizers, as published
 
 
 def scales_of(generator, patch_nums=None):
@@ -31,8 +32,11 @@ def scales_of(generator, patch_nums=None):
   return pyramid.scales
 
 
-def tokenizer_config(tensors, scales):
-  """(locked config, whether each scale has a phi of its own) of a tokenizer's tensors {torch name: array}."""
+def tokenizer_config(tensors, scales, settings=None):
+  """(locked config, whether each scale has a phi of its own) of a tokenizer's tensors {torch name: array}.
+
+  settings: of NOT_IN_FILES, where they are not as published.
+  """
   codes, channels = _shape(tensors, 'quantize.embedding.weight')
   ch = _shape(tensors, 'encoder.conv_in.weight')[0]
   levels = _count(tensors, r'encoder\.down\.(\d+)\.')
@@ -42,7 +46,8 @@ def tokenizer_config(tensors, scales):
   config = configs.tokenizer()
   config.model.update(
       scales=tuple(scales), codes=codes, channels=channels, ch=ch, ch_mult=tuple(out // ch for out in outs),
-      res_blocks=_count(tensors, r'encoder\.down\.0\.block\.(\d+)\.'), phi_layers=own or shared or single)
+      res_blocks=_count(tensors, r'encoder\.down\.0\.block\.(\d+)\.'), phi_layers=own or shared or single,
+      **NOT_IN_FILES | (settings or {}))
   stride = 2 ** (levels - 1)
   config.update(image_size=tuple(side * stride for side in Pyramid.of(scales).last), epochs=1.0, ema=0.0)
   config.data.source = 'tfds'

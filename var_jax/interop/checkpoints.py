@@ -1,11 +1,12 @@
 """Published checkpoints <-> workdirs."""
 
 import importlib.util
+import json
 import pathlib
 import shutil
 
 from var_jax import workdir as workdir_lib
-from var_jax.errors import UserError
+from var_jax.errors import UserError, note
 from var_jax.interop import architecture, published
 from var_jax.training.checkpoint import Checkpoints
 from var_jax.weights import read_tensors, write_tensors
@@ -51,7 +52,7 @@ def _write_both(workdir, tokenizer_file, generator_file, patch_nums, heads):
   if generator_file:
     generator = read(generator_file, 'generator')
     scales = architecture.scales_of(generator, patch_nums)
-  tokenizer_config, phi_each = architecture.tokenizer_config(tokenizer, scales)
+  tokenizer_config, phi_each = architecture.tokenizer_config(tokenizer, scales, _settings_beside(tokenizer_file))
   model = workdir_lib.make_tokenizer(tokenizer_config)
   shapes = workdir_lib.tokenizer_shapes(model)
   names = published.tokenizer_names(shapes, phi_each)
@@ -112,4 +113,27 @@ def write_published(workdir, folder):
   files = {'vae': vae} if config.stage == 'tokenizer' else {'vae': vae, 'var': tensors}
   for name, content in files.items():
     write_tensors(folder / f'{name}{suffix}', content)
-  return [folder / f'{name}{suffix}' for name in files]
+  return [folder / f'{name}{suffix}' for name in files] + _write_settings(folder / 'vae.json', tokenizer)
+
+
+def _settings_beside(file):
+  """What `_write_settings` left beside a tokenizer's file, {} where it left nothing."""
+  path = pathlib.Path(file).with_suffix('.json')
+  try:
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: type(like)(found[name]) for name, like in architecture.NOT_IN_FILES.items() if name in found}
+  except (OSError, ValueError, TypeError) as error:
+    raise UserError(f'{path} cannot be read ({error}): it tells how the tokenizer beside it differs from the published '
+                    'one; write both again by --to_torch') from error
+
+
+def _write_settings(path, tokenizer):
+  """Writes what a tokenizer's checkpoint cannot hold where that is not as published; returns what was written."""
+  found = {name: getattr(tokenizer, name) for name in architecture.NOT_IN_FILES}
+  if found == architecture.NOT_IN_FILES and not tokenizer.ch % found['groups']:
+    return []
+  path.write_text(json.dumps(found, indent=2) + '\n')
+  note('this tokenizer is not built as the published one ('
+       + ', '.join(f'{name} {found[name]}, there {value}' for name, value in architecture.NOT_IN_FILES.items())
+       + f'): the published code gives other pictures unless it is changed; {path} tells `convert` on the way back')
+  return [path]
