@@ -17,9 +17,9 @@ from var_jax.training.state import TrainState
 def small_state(step=0, ema=True, frozen=None):
   adam = optax.adam(0.1)
   params = {'w': jnp.arange(8.0) + step, 'deep': {'b': jnp.full((2, 3), 0.1)}}
-  state = TrainState.create(3, params, adam, ema=ema, extra={'idle': jnp.arange(4)}, frozen=frozen)
+  state = TrainState.create(3, params, adam, ema=ema, extra={'idle': jnp.arange(4)})
   state, _ = state.updated(jax.tree.map(jnp.cos, params), adam, ema_decay=0.5, extra={'idle': jnp.arange(4) + step})
-  return state.replace(step=jnp.int32(step))
+  return state.replace(step=jnp.int32(step), frozen=frozen)
 
 
 def saved(workdir, *steps, keep=5, **options):
@@ -29,12 +29,13 @@ def saved(workdir, *steps, keep=5, **options):
   checkpoints.close()
 
 
-def restored(workdir, sharding=None, **options):
+def restored(workdir, devices=8, **options):
   """(state or None, metadata, what was said)."""
-  said = []
+  said, state = [], small_state(**options)
+  like = mesh_lib.placed(state, mesh_lib.make_mesh(jax.devices()[:devices])).replace(frozen=state.frozen)
   checkpoints = Checkpoints(workdir, 5, said.append)
   try:
-    out = checkpoints.restore(small_state(**options), sharding or mesh_lib.replicated(mesh_lib.make_mesh()))
+    out = checkpoints.restore(like)
   finally:
     checkpoints.close()
   return *(out or (None, None)), said
@@ -69,7 +70,7 @@ def test_checkpoint_of_eight_devices_opens_on_one(tmp_path):
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(mesh_lib.put_state(small_state(3), mesh_lib.make_mesh()), {})
   checkpoints.close()
-  state, *_ = restored(tmp_path, one_device())
+  state, *_ = restored(tmp_path, devices=1)
   assert differing(state, small_state(3)) == []
   assert {x.sharding.num_devices for x in jax.tree.leaves(state.params)} == {1}
   saved(tmp_path, 4)
@@ -128,7 +129,7 @@ def test_unreadable_checkpoint_is_replaced_when_its_step_comes_again(tmp_path, d
   saved(tmp_path, 2, 4)
   damage(tmp_path / 'checkpoints' / '4')
   checkpoints = Checkpoints(tmp_path, say=lambda text: None)
-  checkpoints.restore(small_state(), one_device())
+  checkpoints.restore(mesh_lib.placed(small_state(), mesh_lib.make_mesh()))
   checkpoints.save(small_state(4), {'tokenizer': 'again'})
   checkpoints.close()
   state, metadata, said = restored(tmp_path)

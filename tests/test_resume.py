@@ -18,13 +18,13 @@ from tiny_runs import (
   _stage,
   differing,
   metrics_of,
-  one_device,
   tiny_config,
   train_line,
 )
 
 from var_jax.data.sources import open_source
 from var_jax.training import loop
+from var_jax.training import mesh as mesh_lib
 from var_jax.training.checkpoint import Checkpoints
 
 
@@ -130,7 +130,8 @@ def stop_after(process, workdir, step, number):
 def state_of(workdir):
   """The final state in a workdir."""
   checkpoints = Checkpoints(workdir)
-  state, _ = checkpoints.restore(_stage('tokenizer', ()).init(), one_device())
+  stage = _stage('tokenizer', ())
+  state, _ = checkpoints.restore(mesh_lib.placed(jax.eval_shape(stage.init), mesh_lib.make_mesh(jax.devices()[:1])))
   checkpoints.close()
   return state
 

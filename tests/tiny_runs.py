@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import shutil
 
@@ -78,12 +79,13 @@ def _stage(kind, changes):
 
 @functools.cache
 def _initial(kind, changes):
-  return jax.tree.map(np.asarray, _stage(kind, changes).init())
+  stage = _stage(kind, changes)
+  return jax.tree.map(np.asarray, jax.jit(stage.init)(stage.initial).replace(frozen=stage.frozen))
 
 
 @functools.cache
-def _compiled(kind, changes, devices, method):
-  mesh = mesh_lib.make_mesh(jax.devices()[:devices])
+def _compiled(kind, changes, sizes, method):
+  mesh = mesh_lib.make_mesh(jax.devices()[:math.prod(sizes)], data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
   stage = _stage(kind, changes)
   function = jax.jit(getattr(stage, method), donate_argnums=0 if method == 'train_step' else ())
 
@@ -100,12 +102,15 @@ def _compiled(kind, changes, devices, method):
 
 
 class Trainer:
-  """A stage of the tiny experiment with its state before the first step, as NumPy arrays, and its compiled steps."""
+  """A stage of the tiny experiment with its state before the first step, as NumPy arrays, and its compiled steps.
 
-  def __init__(self, kind, devices=1, **changes):
+  mesh: sizes of data, fsdp and tensor.
+  """
+
+  def __init__(self, kind, mesh=(1, 1, 1), **changes):
     key = kind, tuple(sorted(changes.items()))
     self.stage, self.initial = _stage(*key), _initial(*key)
-    self.step, self.evaluate = (_compiled(*key, devices, name) for name in ('train_step', 'eval_step'))
+    self.step, self.evaluate = (_compiled(*key, mesh, name) for name in ('train_step', 'eval_step'))
 
   def run(self, steps, state=None):
     """[(state, metrics)] after each of some steps, each on a batch of its own."""
@@ -147,12 +152,12 @@ def moments(state, name):
 class Line:
   """The smallest stage: one number drawn towards the images' mean. From step `breaks` on its gradients are NaN."""
 
-  name, metadata, image_size = 'line', {'line': 'a'}, (8, 8)
+  name, metadata, image_size, initial, frozen = 'line', {'line': 'a'}, (8, 8), None, None
 
   def __init__(self, steps, breaks=None, events=None):
     self.steps, self.breaks, self.events, self.optimizer = steps, breaks, events, optax.sgd(0.1)
 
-  def init(self):
+  def init(self, initial=None):
     return TrainState.create(0, {'w': jnp.ones(())}, self.optimizer, ema=False)
 
   def check_metadata(self, metadata):

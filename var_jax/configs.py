@@ -23,6 +23,8 @@ def _common(stage):
       accumulate=1,          # slices of a batch that are computed one after the other
       steps=0,               # 0: from epochs
       epochs=0.0,
+      mesh=dict(data=-1, fsdp=1, tensor=1),  # devices along each axis, -1 for the rest; see training/mesh.py
+      remat='none',          # what the backward pass computes again: none, dots (attention and pointwise) or all
       dtype='float32',       # of activations: float32 or bfloat16; parameters and sums stay float32
       start_from='',         # a workdir whose parameters the run begins with, adapted to other classes and scales
       freeze='',             # parameters that stay as they are: patterns such as 'word_embed/*,blocks/attention/*'

@@ -27,12 +27,13 @@ class Samples(NamedTuple):
 class Model:
   """What a workdir holds. A tokenizer's workdir encodes and decodes; a generator's samples as well.
 
-  Work is done in batches of one size over all devices; the last one is filled up.
+  Work is done in batches of one size over the mesh (default: all devices); the last one is filled up. Of several
+  processes each has to make the same calls, and gets the same results.
   """
 
-  def __init__(self, tokenizer, tokenizer_params, generator=None, generator_params=None):
+  def __init__(self, tokenizer, tokenizer_params, generator=None, generator_params=None, mesh=None):
     self.tokenizer, self.generator = tokenizer, generator
-    self._mesh = mesh_lib.make_mesh(jax.local_devices())
+    self._mesh = mesh or mesh_lib.make_mesh()
     params = {'tokenizer': tokenizer_params} | ({'generator': generator_params} if generator else {})
     self.params = mesh_lib.put_state(params, self._mesh)
 
@@ -99,12 +100,12 @@ class Model:
       raise UserError(f'seed {seed} is out of range: use 0 or more, and at most {2**32 - 1}')
     check_choices(cfg, top_k, top_p, temperature)
     draw = self._jitted_sampler(int(top_k), top_p > 0, bool(smooth))
-    numbers = (jnp.uint32(seed), jnp.float32(cfg), jnp.float32(top_p), jnp.float32(temperature))
+    numbers = (np.uint32(seed), np.float32(cfg), np.float32(top_p), np.float32(temperature))
     return lambda labels, index, *given: draw(self.params, labels, index, *numbers, given or None)
 
   @functools.cache
   def _jitted_sampler(self, top_k, use_top_p, smooth):
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(self._mesh))
     def draw(params, labels_B, index_B, seed, cfg, top_p, temperature, given):
       choices = sampling.Choices(cfg, top_k, top_p if use_top_p else 0.0, temperature, smooth)
       keys_B = sampling.image_keys(seed, index_B)
@@ -115,19 +116,21 @@ class Model:
 
   @functools.cache
   def _tokenize(self, method):
-    apply = jax.jit(lambda params, x: self.tokenizer.apply({'params': params}, x, method=method))
+    apply = jax.jit(lambda params, x: self.tokenizer.apply({'params': params}, x, method=method),
+                    out_shardings=mesh_lib.replicated(self._mesh))
     return lambda x: (apply(self.params['tokenizer'], x),)
 
   def _in_batches(self, run, arrays, batch_size, title=None):
     """Runs batches of one fixed size over all devices; images come back as uint8."""
-    count, devices = len(arrays[0]), self._mesh.size
+    count, devices = len(arrays[0]), mesh_lib.batch_parts(self._mesh)
     if not count:
       raise UserError('there is nothing to do: give at least one image, label or row of tokens')
     batch_size = -(-min(max(batch_size, 1), count) // devices) * devices
     parts = []
     for start in progress.bar(range(0, count, batch_size), title=title, unit='batch', show=title is not None):
       part = [np.resize(a[start:start + batch_size], (batch_size, *a.shape[1:])) for a in arrays]
-      out = run(*(jax.device_put(a, mesh_lib.split(self._mesh)) for a in part))
+      with jax.set_mesh(self._mesh):
+        out = run(*(mesh_lib.put_whole(a, self._mesh) for a in part))
       out = [to_uint8(np.asarray(x)) if x.dtype == jnp.float32 else np.asarray(x) for x in out]
       parts.append([x[:count - start] for x in out])
     return [np.concatenate(column) for column in zip(*parts)]
@@ -187,7 +190,9 @@ def load(workdir, *, raw=False):
 
   raw: the parameters themselves where the run keeps an average of them (EMA); a generator's tokenizer stays as it is.
   """
-  if workdir_lib.read_config(workdir).stage == 'tokenizer':
-    return Model(*workdir_lib.load_tokenizer(workdir, raw=raw))
+  config = workdir_lib.read_config(workdir)
+  mesh = mesh_lib.fitting(config.mesh)
+  if config.stage == 'tokenizer':
+    return Model(*workdir_lib.load_tokenizer(workdir, raw=raw), mesh=mesh)
   generator, params, tokenizer, tokenizer_params = workdir_lib.load_generator(pathlib.Path(workdir), raw=raw)
-  return Model(tokenizer, tokenizer_params, generator, params)
+  return Model(tokenizer, tokenizer_params, generator, params, mesh)

@@ -13,17 +13,19 @@ import ml_collections
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from var_jax import configs
 from var_jax.errors import UserError, note
 from var_jax.generator import adapt
-from var_jax.generator.transformer import Generator
+from var_jax.generator.transformer import REMAT, Generator
 from var_jax.pyramid import Pyramid
 from var_jax.tokenizer.tokenizer import Tokenizer
+from var_jax.training import processes
 from var_jax.training.checkpoint import Checkpoints
 
 RUN_ONLY = (  # free to change when a run is resumed
     'log_every', 'eval_every', 'eval_images', 'pictures_every', 'checkpoint_every', 'keep', 'best', 'steps', 'epochs',
     'max_skipped_in_row', 'measure.every', 'measure.per_class', 'measure.inception', 'measure.resize', 'data.workers',
-    'data.path', 'tokenizer')
+    'data.path', 'tokenizer', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'remat')
 
 
 def fingerprint(params):
@@ -37,17 +39,23 @@ def fingerprint(params):
 
 
 def read_config(workdir):
-  """The locked config of a workdir. UserError when there is none."""
+  """The locked config of a workdir; settings that it does not know yet are at their defaults. UserError without one."""
   path = pathlib.Path(workdir) / 'config.json'
   try:
     settings = json.loads(path.read_text())
     if settings['stage'] not in ('tokenizer', 'generator') or not isinstance(settings['model'], dict):
       raise ValueError('it is not the config of a tokenizer or generator')
-    return ml_collections.ConfigDict(settings).lock()
+    defaults = json.loads(getattr(configs, settings['stage'])().to_json())
+    return ml_collections.ConfigDict(_merged(defaults, settings)).lock()
   except (FileNotFoundError, NotADirectoryError):
     raise UserError(f'{workdir} is no workdir, it has no config.json: give the --workdir of a training run') from None
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} cannot be used ({error}): restore it from a copy') from None
+
+
+def _merged(defaults, settings):
+  both = lambda key: isinstance(defaults.get(key), dict) and isinstance(settings.get(key), dict)
+  return defaults | {key: _merged(defaults[key], value) if both(key) else value for key, value in settings.items()}
 
 
 def check_config(workdir, config):
@@ -67,7 +75,10 @@ def check_config(workdir, config):
 
 @contextlib.contextmanager
 def training_alone(workdir):
-  """Holds the workdir's lock. UserError when another process of this machine trains in it."""
+  """Holds the workdir's lock. UserError when another run of this machine trains in it."""
+  if not processes.is_first():
+    yield
+    return
   path = pathlib.Path(workdir) / '.lock'
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +96,9 @@ def training_alone(workdir):
 
 
 def write_config(workdir, config):
-  """Writes config.json, whole or not at all."""
+  """Writes config.json, whole or not at all; of several processes the first does."""
+  if not processes.is_first():
+    return
   path = pathlib.Path(workdir) / 'config.json'
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +143,9 @@ def make_generator(config, tokenizer):
   width, heads = fields['width'] or 64 * depth, fields['heads'] or depth
   if width % heads:
     raise UserError(f'model.width {width} is not a multiple of model.heads {heads}: change one of them')
-  fields.update(width=width, heads=heads)
+  if config.remat not in REMAT:
+    raise UserError(f'there is no remat {config.remat!r}: use one of {", ".join(REMAT)}')
+  fields.update(width=width, heads=heads, remat=config.remat)
   return Generator(
       tokenizer.pyramid, tokenizer.codes, tokenizer.channels, **fields, dtype=activation_dtype(config))
 
@@ -193,7 +208,7 @@ def _load_params(workdir, shapes, say, raw, check=lambda metadata: None):
   checkpoints = Checkpoints(workdir, say=say)
   try:
     check(checkpoints.newest_metadata())
-    params, _, _ = checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]), raw)
+    params, _, _ = checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), raw)
   finally:
     checkpoints.close()
   return params
@@ -252,7 +267,7 @@ def keep_tokenizer(workdir, place, params):
     return
   checkpoints = Checkpoints(copy)
   try:
-    checkpoints.save_model(0, params, {})
+    checkpoints.save_model(0, jax.device_get(params), {})
   finally:
     checkpoints.close()
   write_config(copy, read_config(place))
@@ -266,6 +281,6 @@ def keep_best(workdir, config, metadata, params, step):
     checkpoints.save_model(step, params, metadata)
   finally:
     checkpoints.close()
-  if tokenizer.exists() and not (best / 'tokenizer').exists():
+  if processes.is_first() and tokenizer.exists() and not (best / 'tokenizer').exists():
     shutil.copytree(tokenizer, best / 'tokenizer')
   write_config(best, config)

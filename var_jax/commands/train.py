@@ -2,9 +2,12 @@
 
 import functools
 
+import jax
+
 from var_jax import workdir as workdir_lib
 from var_jax.commands import flags
 from var_jax.errors import UserError, note
+from var_jax.training import processes
 
 EXAMPLE = 'var-jax train --config=experiments/digits.py:tokenizer --workdir=runs/digits/tokenizer --config.seed=1'
 
@@ -16,9 +19,15 @@ def main(arguments):
   parser.add_argument('--workdir', required=True, metavar='DIR', help='where the run is kept')
   parser.add_argument('--config.NAME', dest='unused', metavar='VALUE', help='any setting of var_jax/configs.py, '
                       'such as --config.optimizer.peak_lr=1e-4 or, for a generator, --config.tokenizer=DIR')
+  parser.add_argument('--distributed', metavar='auto|HOST:PORT,COUNT,INDEX', help='join the other processes of the '
+                      'run; auto: a TPU pod, Slurm or Open MPI tells; else the first one\'s address, how many, which')
+  parser.add_argument('--join_timeout', type=int, default=300, metavar='SECONDS', help='to wait for them (default 300)')
   options, overrides = parser.parse_known_args(arguments)
+  if options.distributed:
+    processes.join(options.distributed, options.join_timeout)
   config = flags.read_config(options.config, overrides)
-  return run(config, options.workdir)
+  with processes.together():
+    return run(config, options.workdir)
 
 
 def run(config, workdir):
@@ -58,7 +67,8 @@ def _train(stage, config, sources, workdir, keep_tokenizer, changed):
     return 128 + stop.signal_number
   finally:
     checkpoints.close()
-  note(f'trained to step {stage.steps}: {workdir}')
+  if processes.is_first():
+    note(f'trained to step {stage.steps}: {workdir}')
   return 0
 
 
@@ -95,7 +105,7 @@ def check(config):
     raise UserError('the run has no length: set --config.steps=N or --config.epochs=N')
   if not config.optimizer.peak_lr > 0:
     raise UserError(f'optimizer.peak_lr is {config.optimizer.peak_lr}: it must be above 0')
-  mesh.check_batch(config.batch_size, mesh.make_mesh(), config.accumulate)
+  mesh.check_batch(config.batch_size, mesh.make_mesh(**config.mesh), config.accumulate)
 
 
 def _lookup(config, name):
@@ -141,5 +151,10 @@ def _check_frozen(config, shapes):
   """Raises UserError for patterns in `freeze` that name nothing, or a codebook that restarts would change."""
   from var_jax.training.optimizer import frozen_names
 
-  if config.freeze and 'quantizer/codebook' in frozen_names(shapes(), config.freeze) and config.codebook.restart_every:
+  if not config.freeze:
+    return
+  frozen = frozen_names(shapes(), config.freeze)
+  if len(frozen) == len(jax.tree.leaves(shapes())):
+    raise UserError(f'freeze={config.freeze} names every parameter, so there is nothing to train: name fewer')
+  if 'quantizer/codebook' in frozen and config.codebook.restart_every:
     raise UserError('freeze names the codebook, which restarts would change: set --config.codebook.restart_every=0')

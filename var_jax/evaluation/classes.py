@@ -15,6 +15,7 @@ from var_jax.errors import UserError
 from var_jax.evaluation import fid
 from var_jax.evaluation.image_sets import ArrayImages
 from var_jax.evaluation.judge import export_judge, load_judge, save_judge, train_judge
+from var_jax.training import processes
 
 MOST_IMAGES = 60_000  # real images to train the judge on, evenly taken
 MOST_COMPARED = 10_000  # of them for precision and recall
@@ -42,9 +43,10 @@ def find_judge(real, folder):
   judge = load_judge(path, name, images.shape[1:], real.classes)
   if judge is None:
     judge = train_judge(images, labels, real.classes, progress=True)
-    save_judge(path, name, judge)
-    path.with_suffix('.jaxexport').unlink(missing_ok=True)
-  if not path.with_suffix('.jaxexport').exists():
+    if processes.is_first():
+      save_judge(path, name, judge)
+      path.with_suffix('.jaxexport').unlink(missing_ok=True)
+  if processes.is_first() and not path.with_suffix('.jaxexport').exists():
     export_judge(path.with_suffix('.jaxexport'), judge)
   return judge
 

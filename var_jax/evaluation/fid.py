@@ -5,6 +5,7 @@
     figures = compare(gather(open_images('samples.npz'), extractor), reference)
 """
 
+import functools
 import pathlib
 import zipfile
 import zlib
@@ -44,13 +45,13 @@ def inception_extractor(weights, resize):
   mesh = mesh_lib.make_mesh()
   params = mesh_lib.put_state(inception.load(weights), mesh)
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
   def features(params, images):
     found = inception.features(params, images, resize)
     return found['pool'], found['spatial'], found['logits_unbiased']
 
   def run(images):
-    pool, spatial, logits = features(params, jax.device_put(images, mesh_lib.split(mesh)))
+    pool, spatial, logits = features(params, mesh_lib.put_whole(images, mesh))
     return {'pool': np.asarray(pool), 'spatial': np.asarray(spatial), 'logits': np.asarray(logits)}
 
   return Extractor(run, mesh.size)

@@ -18,6 +18,7 @@ from var_jax.evaluation.drawing import draw
 from var_jax.evaluation.image_sets import NpzImages, SourceImages, open_images
 from var_jax.model import load
 from var_jax.tokenizer import lpips
+from var_jax.training import processes
 
 KEPT_ROWS = 10_000  # of a data set's features, for precision and recall
 
@@ -183,5 +184,6 @@ def own_reference(folder, config, size, extractor, weights, resize):
   reference = fid.gather(SourceImages(source, size), extractor, 'reference')
   rows = np.linspace(0, reference.count - 1, min(reference.count, KEPT_ROWS)).astype(int)
   reference = reference._replace(pool_NxD=reference.pool_NxD[rows])
-  fid.write_statistics(path, reference)
+  if processes.is_first():
+    fid.write_statistics(path, reference)
   return reference

@@ -12,10 +12,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from var_jax.axes import BATCH, TENSOR, constrain
 from var_jax.generator.attention import attend
 from var_jax.pyramid import Pyramid
 
 MAX_LOG_SCALE = math.log(100)
+REMAT = {  # policies of what is kept for the backward pass
+    'none': None,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters; not attention
+    'all': jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Dense(nn.Dense):
@@ -61,16 +67,20 @@ class Attention(nn.Module):
   normalize_qk: bool
   init_std: float
   proj_std: float
+  pyramid: Pyramid
   dtype: Any
 
   @nn.compact
-  def __call__(self, x_BxLxD, visible_LxM=None, past=None):
+  def __call__(self, x_BxLxD, past=None):
     B, L, D = x_BxLxD.shape
     normal = nn.initializers.normal
-    qkv = Dense(3 * D, use_bias=False, dtype=self.dtype, kernel_init=normal(self.init_std), name='qkv')(x_BxLxD)
+    # Queries, keys and values have a dimension of their own, so that `tensor` can split each of them by heads.
+    qkv = nn.DenseGeneral((3, D), use_bias=False, dtype=self.dtype, kernel_init=normal(self.init_std), name='qkv')
+    qkv_Nx3xD = qkv(x_BxLxD.reshape(-1, D))
     q_bias, v_bias = (self.param(name, nn.initializers.zeros, (D,), jnp.float32) for name in ('q_bias', 'v_bias'))
-    qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
-    q, k, v = (qkv.reshape(B, L, 3, self.heads, D // self.heads)[:, :, i] for i in range(3))
+    qkv_Nx3xD += jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+    qkv = constrain(qkv_Nx3xD.reshape(B, L, 3, self.heads, D // self.heads), BATCH, None, None, TENSOR)
+    q, k, v = (qkv[:, :, i] for i in range(3))
     if self.normalize_qk:
       log_scale_H = self.param('log_scale', nn.initializers.constant(math.log(4)), (self.heads,), jnp.float32)
       q = unit(q) * jnp.exp(jnp.minimum(log_scale_H, MAX_LOG_SCALE))[:, None]
@@ -80,7 +90,8 @@ class Attention(nn.Module):
     new = (k, v)
     if past:
       k, v = (jnp.concatenate([*(p[i] for p in past), new[i]], axis=1) for i in range(2))
-    out = attend(q.astype(self.dtype), k, v, visible_LxM).reshape(B, L, D)
+    out = attend(q.astype(self.dtype), k, v, self.pyramid if past is None else None).reshape(B, L, D)
+    out = constrain(out, BATCH, None, TENSOR)
     return Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), name='proj')(out), new
 
 
@@ -88,8 +99,8 @@ class Block(nn.Module):
   """One transformer block with adaptive layer norm.
 
   x_BxLxD: tokens; cond: class embedding (B, D), or (B, 6, D) when AdaLN is shared; keep_2xB: drop-path factors of the
-  two branches (0 or 1/keep probability), None to keep all; past: None, or a tuple of (k, v) pairs of coarser scales
-  (B, M, H, Dh), in which case this scale's pair is returned beside x.
+  two branches (0 or 1/keep probability), None to keep all; past: None for the tokens of a whole pyramid, or a tuple of
+  (k, v) pairs of coarser scales (B, M, H, Dh), in which case this scale's pair is returned beside x.
   """
 
   width: int
@@ -101,10 +112,11 @@ class Block(nn.Module):
   proj_std: float
   adaln_scale: float
   adaln_gamma: float
+  pyramid: Pyramid
   dtype: Any
 
   @nn.compact
-  def __call__(self, x_BxLxD, keep_2xB, past, cond, visible_LxM):
+  def __call__(self, x_BxLxD, keep_2xB, past, cond):
     D = self.width
     if self.shared_adaln:
       init = adaln_init(1 / math.sqrt(D), 2, self.adaln_scale, self.adaln_gamma)
@@ -113,19 +125,21 @@ class Block(nn.Module):
     else:
       init = adaln_init(self.init_std, D, self.adaln_scale, self.adaln_gamma)
       chunks_Bx6xD = Dense(6 * D, dtype=self.dtype, kernel_init=init, name='adaln')(nn.silu(cond)).reshape(-1, 6, D)
+    chunks_Bx6xD = constrain(chunks_Bx6xD, BATCH)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = (chunks_Bx6xD[:, i, None] for i in range(6))
 
     attention = Attention(
-        D, self.heads, self.normalize_qk, self.init_std, self.proj_std, self.dtype, name='attention')
+        D, self.heads, self.normalize_qk, self.init_std, self.proj_std, self.pyramid, self.dtype, name='attention')
     h = (layer_norm(x_BxLxD) * (scale1 + 1) + shift1).astype(self.dtype)
-    h, new = attention(h, visible_LxM, past)
+    h, new = attention(h, past)
     x_BxLxD += self._drop_path(h * gamma1, keep_2xB, 0)
 
     h = (layer_norm(x_BxLxD) * (scale2 + 1) + shift2).astype(self.dtype)
     normal = nn.initializers.normal
     h = Dense(round(D * self.mlp_ratio), dtype=self.dtype, kernel_init=normal(self.init_std), name='fc1')(h)
+    h = constrain(h, BATCH, None, TENSOR)
     h = Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), name='fc2')(nn.gelu(h, approximate=True))
-    x_BxLxD += self._drop_path(h * gamma2, keep_2xB, 1)
+    x_BxLxD = constrain(x_BxLxD + self._drop_path(h * gamma2, keep_2xB, 1), BATCH)
     return x_BxLxD, (None if past is None else new)
 
   def _drop_path(self, h_BxLxD, keep_2xB, branch):
@@ -137,6 +151,7 @@ class Generator(nn.Module):
 
   codes, channels: the tokenizer's codebook; classes: label `classes` means "no class" (for guidance).
   width, heads: by default 64·depth and depth. Initial values as published; adaln_gamma is the recipe's own.
+  remat: what the backward pass computes again to save memory, of REMAT.
   """
 
   pyramid: Pyramid
@@ -152,6 +167,7 @@ class Generator(nn.Module):
   adaln_gamma: float = 1e-3
   adaln_scale: float = 0.5
   head_scale: float = 0.02
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -164,12 +180,13 @@ class Generator(nn.Module):
     self.start = self.param('start', normal(std), (self.pyramid.sizes[0], D), jnp.float32)
     if self.shared_adaln:
       self.shared = Dense(6 * D, dtype=self.dtype, kernel_init=normal(std))
+    block = Block if REMAT[self.remat] is None else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
     scanned = nn.scan(
-        Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth,
-        in_axes=(0, 0, nn.broadcast, nn.broadcast), out_axes=0)
+        block, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth,
+        in_axes=(0, 0, nn.broadcast), out_axes=0)
     self.blocks = scanned(
         D, self.heads or self.depth, self.mlp_ratio, self.normalize_qk, self.shared_adaln, std,
-        std / math.sqrt(2 * self.depth), self.adaln_scale, self.adaln_gamma, self.dtype)
+        std / math.sqrt(2 * self.depth), self.adaln_scale, self.adaln_gamma, self.pyramid, self.dtype)
     self.head_adaln = Dense(2 * D, dtype=jnp.float32, kernel_init=normal(std * self.adaln_scale))
     self.head = Dense(self.codes, dtype=jnp.float32, kernel_init=normal(std * self.head_scale))
 
@@ -187,7 +204,8 @@ class Generator(nn.Module):
     first_BxlxD = self._first(labels_B)
     x_BxLxD = jnp.concatenate([first_BxlxD, self.word_embed(teacher_BxMxC)], axis=1)
     x_BxLxD += self._where(slice(0, self.pyramid.length))
-    x_BxLxD, _ = self.blocks(x_BxLxD, keep_NxxB, None, self._condition(labels_B), self.pyramid.visible_LxL)
+    x_BxLxD = constrain(x_BxLxD, BATCH)
+    x_BxLxD, _ = self.blocks(x_BxLxD, keep_NxxB, None, self._condition(labels_B))
     return self._logits(x_BxLxD, labels_B)
 
   def next_scale(self, labels_B, scale, input_BxlxC, past):
@@ -198,11 +216,14 @@ class Generator(nn.Module):
     """
     x_BxlxD = self._first(labels_B) if scale == 0 else self.word_embed(input_BxlxC)
     x_BxlxD += self._where(self.pyramid.slices[scale])
-    x_BxlxD, new = self.blocks(x_BxlxD, None, past, self._condition(labels_B), None)
+    x_BxlxD, new = self.blocks(x_BxlxD, None, past, self._condition(labels_B))
     return self._logits(x_BxlxD, labels_B), new
 
+  def _class(self, labels_B):
+    return constrain(self.class_embedding[labels_B], BATCH)
+
   def _first(self, labels_B):
-    class_BxD = self.class_embedding[labels_B]
+    class_BxD = self._class(labels_B)
     return (class_BxD[:, None] + self.start).astype(self.dtype)
 
   def _where(self, tokens):
@@ -210,15 +231,16 @@ class Generator(nn.Module):
     return (level_LxD + self.position[tokens]).astype(self.dtype)
 
   def _condition(self, labels_B):
-    class_BxD = self.class_embedding[labels_B].astype(self.dtype)
+    class_BxD = self._class(labels_B).astype(self.dtype)
     if not self.shared_adaln:
       return class_BxD
     return self.shared(nn.silu(class_BxD)).reshape(labels_B.shape[0], 6, -1)
 
   def _logits(self, x_BxLxD, labels_B):
-    class_BxD = self.class_embedding[labels_B]
-    scale_BxD, shift_BxD = jnp.split(self.head_adaln(nn.silu(class_BxD)), 2, axis=-1)
-    return self.head(layer_norm(x_BxLxD) * (scale_BxD[:, None] + 1) + shift_BxD[:, None])
+    adaln_Bx2D = constrain(self.head_adaln(nn.silu(self._class(labels_B))), BATCH)
+    scale_BxD, shift_BxD = jnp.split(adaln_Bx2D, 2, axis=-1)
+    logits = self.head(layer_norm(x_BxLxD) * (scale_BxD[:, None] + 1) + shift_BxD[:, None])
+    return constrain(logits, BATCH, None, TENSOR)
 
 
 def drop_path_factors(key, depth, batch, rate):

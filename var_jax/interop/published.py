@@ -40,6 +40,7 @@ class Place(NamedTuple):
 SAME = Layout(lambda x: x, lambda x: x)
 CONV = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW, HWIO
 DENSE = Layout(np.transpose, np.transpose)
+THREE = Layout(lambda x: x.T.reshape(x.shape[1], 3, -1), lambda x: x.reshape(x.shape[0], -1).T)  # query, key, value
 HEADS = Layout(np.ravel, lambda x: x.reshape(1, -1, 1, 1))
 ONE_BEFORE = Layout(lambda x: x[0], lambda x: x[None])
 TWO_BEFORE = Layout(lambda x: x[0, 0], lambda x: x[None, None])
@@ -48,7 +49,7 @@ _BLOCK = {
     'attn.scale_mul_1H11': Place(('attention', 'log_scale'), HEADS),
     'attn.q_bias': Place(('attention', 'q_bias'), SAME),
     'attn.v_bias': Place(('attention', 'v_bias'), SAME),
-    'attn.mat_qkv.weight': Place(('attention', 'qkv', 'kernel'), DENSE),
+    'attn.mat_qkv.weight': Place(('attention', 'qkv', 'kernel'), THREE),
     'attn.proj.weight': Place(('attention', 'proj', 'kernel'), DENSE),
     'attn.proj.bias': Place(('attention', 'proj', 'bias'), SAME),
     'ffn.fc1.weight': Place(('fc1', 'kernel'), DENSE),

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from var_jax import pictures
+from var_jax import axes, pictures
 from var_jax.data.images import to_uint8
 from var_jax.errors import UserError
 from var_jax.generator import losses, sampling
@@ -24,21 +24,17 @@ class GeneratorStage:
   def __init__(self, config, generator, tokenizer, tokenizer_params, fingerprint, steps, initial=None):
     self.config, self.generator, self.tokenizer, self.steps = config, generator, tokenizer, steps
     self.image_size = tokenizer.image_size
-    self.tokenizer_params = tokenizer_params
+    self.frozen = {'tokenizer': tokenizer_params}
     self.metadata = {'tokenizer': fingerprint}
     self.optimizer = optimizer_lib.from_config(config.optimizer, steps, config.freeze)
     self.initial = initial
 
-  def init(self):
-    """The state before the first step."""
-    params = self.initial or self._new()
-    frozen = {'tokenizer': self.tokenizer_params}
-    return TrainState.create(self.config.seed, params, self.optimizer, ema=bool(self.config.ema), frozen=frozen)
-
-  def _new(self):
+  def init(self, initial=None):
+    """The state before the first step, without what is frozen. initial: parameters, None for new ones. Pure."""
     generator, key = self.generator, jax.random.fold_in(jax.random.key(self.config.seed), 0)
     teacher = jnp.zeros((1, generator.pyramid.length - generator.pyramid.sizes[0], generator.channels))
-    return jax.jit(generator.init)(key, jnp.zeros(1, jnp.int32), teacher)['params']
+    params = initial or generator.init(key, jnp.zeros(1, jnp.int32), teacher)['params']
+    return TrainState.create(self.config.seed, params, self.optimizer, ema=bool(self.config.ema))
 
   def check_metadata(self, metadata):
     """Raises UserError when a checkpoint was trained on another tokenizer's tokens."""
@@ -98,7 +94,7 @@ class GeneratorStage:
     keys = sampling.image_keys(0, jnp.arange(len(labels)))
     choices = sampling.Choices(**self.config.sample)
     draw = jax.jit(lambda params, labels, keys: sampling.sample(
-        self.generator, self.tokenizer, params, labels, keys, choices).image_BxHxWx3)
+        self.generator, self.tokenizer, params, labels, keys, choices).image_BxHxWx3, out_shardings=axes.everywhere())
     params = {'generator': state.model, 'tokenizer': state.frozen['tokenizer']}
     images = to_uint8(draw(params, labels, keys))
     return {'samples': pictures.grid(images.reshape(rows, columns, *images.shape[1:]))}

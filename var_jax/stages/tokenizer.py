@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from var_jax import pictures
+from var_jax import axes, pictures
 from var_jax.data.images import to_uint8
 from var_jax.errors import UserError
 from var_jax.tokenizer import losses, lpips
@@ -32,21 +32,20 @@ class TokenizerStage:
     self.discriminator_optimizer = optimizer_lib.adamw(config.loss.discriminator_lr, betas=(0.5, 0.9), clip=1.0)
     if config.loss.lpips and not config.loss.lpips_weights:
       raise UserError('loss.lpips needs VGG16 weights: set --config.loss.lpips_weights=FILE, or --config.loss.lpips=0')
-    self.lpips_params = lpips.load(config.loss.lpips_weights) if config.loss.lpips else None
+    self.frozen = {'lpips': lpips.load(config.loss.lpips_weights)} if config.loss.lpips else None
 
-  def init(self):
-    """The state before the first step."""
+  def init(self, initial=None):
+    """The state before the first step, without what is frozen. initial: parameters, None for new ones. Pure."""
     config, image = self.config, jnp.zeros((1, *self.image_size, 3))
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    params = self.initial or jax.jit(self.tokenizer.init)(key, image)['params']
+    params = initial or self.tokenizer.init(key, image)['params']
     extra = {}
     if config.loss.adversarial:
-      extra['discriminator'] = jax.jit(self.discriminator.init)(jax.random.fold_in(key, 1), image)['params']
+      extra['discriminator'] = self.discriminator.init(jax.random.fold_in(key, 1), image)['params']
       extra['discriminator_optimizer'] = self.discriminator_optimizer.init(extra['discriminator'])
     if config.codebook.restart_every:
       extra['idle_V'] = jnp.zeros(self.tokenizer.codes, jnp.int32)
-    frozen = {'lpips': self.lpips_params} if config.loss.lpips else None
-    return TrainState.create(config.seed, params, self.optimizer, ema=bool(config.ema), extra=extra, frozen=frozen)
+    return TrainState.create(config.seed, params, self.optimizer, ema=bool(config.ema), extra=extra)
 
   def check_metadata(self, metadata):
     """Nothing: a tokenizer depends on no other model."""
@@ -173,8 +172,10 @@ class TokenizerStage:
 
   def pictures(self, state, batch):
     """Rows of held-out images: the image, then what the first 1, 2, … K scales give."""
-    images = batch['image'][:8]
-    every = jax.jit(lambda params, x: self.tokenizer.apply(
-        {'params': params}, self.tokenizer.apply({'params': params}, x, method='encode'), method='decode_every_scale'))
-    tiles = np.concatenate([np.asarray(images)[:, None], np.asarray(every(state.model, images))], axis=1)
-    return {'reconstructions': pictures.grid(to_uint8(tiles))}
+    def tiles(params, images):
+      tokens = self.tokenizer.apply({'params': params}, images[:8], method='encode')
+      scales = self.tokenizer.apply({'params': params}, tokens, method='decode_every_scale')
+      return jnp.concatenate([images[:8, None], scales], axis=1)
+
+    drawn = jax.jit(tiles, out_shardings=axes.everywhere())(state.model, batch['image'])
+    return {'reconstructions': pictures.grid(to_uint8(drawn))}

@@ -16,10 +16,6 @@ from orbax.checkpoint import v1 as ocp
 from var_jax.errors import UserError, note
 
 
-def _abstract(tree, sharding):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
 def _parts(state):
   """The state as (model, rest): the model's parameters are stored once, where inference finds them."""
   rest = state.replace(ema=None) if state.ema is not None else state.replace(params=None)
@@ -105,14 +101,14 @@ class Checkpoints:
           f'could not save step {step} to {self.folder}: {reason}; free some space and run the same command again'
           + (f', it resumes from step {good[-1]}' if good else '')) from error
 
-  def restore(self, like, sharding):
+  def restore(self, like):
     """(state, metadata) of the newest readable checkpoint, or None when there is none. Skips unreadable ones, loudly.
 
-    like: a state of the wanted structure. Raises UserError when there are checkpoints but none can be read.
+    like: a state of the wanted structure, of shapes with the shardings to restore to. Raises UserError when there are
+    checkpoints but none can be read.
     """
     model, rest = _parts(like)
-    wanted = {'model': _abstract(model, sharding), 'training': _abstract(rest, sharding)}
-    loaded = self._newest_readable(wanted)
+    loaded = self._newest_readable({'model': model, 'training': rest})
     if loaded is None:
       return None
     items, _, metadata = loaded
@@ -123,7 +119,7 @@ class Checkpoints:
 
     raw: the parameters themselves, where `model` holds their average.
     """
-    like = _abstract(like, sharding)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     loaded = self._newest_readable({'model': like})
     if loaded is None:
       raise UserError(f'no checkpoint in {self.folder}: train first, or point --workdir at a workdir that has one')

@@ -9,6 +9,7 @@ import math
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from var_jax import progress
@@ -16,6 +17,7 @@ from var_jax.data import pipeline
 from var_jax.errors import UserError, note
 from var_jax.training import mesh as mesh_lib
 from var_jax.training import metrics as metrics_lib
+from var_jax.training import processes
 
 
 class Interrupted(Exception):
@@ -53,19 +55,18 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
   keep: called with (parameters, step) where `config.best` is better than ever before. Raises UserError after
   `max_skipped_in_row` steps without finite gradients, Interrupted after SIGTERM or Ctrl-C.
   """
-  mesh = mesh_lib.make_mesh()
+  mesh = mesh_lib.make_mesh(**config.mesh)
   with jax.set_mesh(mesh), _stop_requests() as stop:
-    state = mesh_lib.put_state(stage.init(), mesh)
-    restored = checkpoints.restore(state, mesh_lib.replicated(mesh))
-    if restored is not None:
-      state, _ = restored
-      say(f'resuming from step {int(state.step)} of {stage.steps}')
+    state = _first_state(stage, checkpoints, mesh)
     start = int(state.step)
+    if start:
+      say(f'resuming from step {start} of {stage.steps}')
     writer = metrics_lib.Writer(workdir, start)
-    batches = pipeline.train_batches(source, start=start, **_data_options(config, stage))
+    batches = pipeline.train_batches(source, start=start, **_data_options(config, stage, mesh))
     best = _Best(config.best, writer, keep)
     evaluate = _Evaluation(stage, config, validation, mesh, writer, measure, best)
-    bar = progress.bar(title=stage.name, unit='step', total=stage.steps, initial=start, delay=0)
+    bar = progress.bar(title=stage.name, unit='step', total=stage.steps, initial=start, delay=0,
+                       show=processes.is_first())
     try:
       state = _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop)
       best.finish(say)
@@ -78,24 +79,46 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
         say(f'{batches.skipped} of {batches.drawn} images drawn could not be read; their neighbours took their places')
 
 
-def _data_options(config, stage):
-  data = config.data
+def _first_state(stage, checkpoints, mesh):
+  """The newest checkpoint's state, or a new one, laid out over the mesh: no device ever holds more than its part."""
+  shapes = mesh_lib.placed(jax.eval_shape(stage.init, stage.initial), mesh)
+  restored = checkpoints.restore(shapes)
+  places = jax.tree.map(lambda x: x.sharding, shapes)
+  state = restored[0] if restored else jax.jit(stage.init, out_shardings=places)(stage.initial)
+  return state.replace(frozen=mesh_lib.put_state(stage.frozen, mesh))
+
+
+def _data_options(config, stage, mesh):
+  data, (index, count) = config.data, mesh_lib.process_part(mesh, config.batch_size)
   return dict(
       batch_size=config.batch_size, size=stage.image_size, seed=config.seed, enlarge=data.enlarge, flip=data.flip,
-      workers=data.workers, process_index=jax.process_index(), process_count=jax.process_count())
+      workers=data.workers, process_index=index, process_count=count)
+
+
+def _compiled_step(stage, state, mesh):
+  """The jitted train_step; its metrics also tell whether any process was asked to stop, the same on all of them."""
+
+  def step(state, batch, stop):
+    state, metrics = stage.train_step(state, batch)
+    return state, metrics | {'stop': jnp.max(stop)}
+
+  places = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(step, donate_argnums=0, out_shardings=(places, mesh_lib.replicated(mesh)))
 
 
 def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop):
-  everywhere = mesh_lib.replicated(mesh)
-  train_step = jax.jit(stage.train_step, donate_argnums=0, out_shardings=(everywhere, everywhere))
+  train_step, several = _compiled_step(stage, state, mesh), jax.process_count() > 1
   mean, pending, start = metrics_lib.Mean(), None, int(state.step)
-  step = start
+  step, asked = start, None if several else stop  # several processes stop together, after the step that told them all
 
   def fetch():
     """Takes in the metrics of the step before the one under way."""
+    nonlocal asked
     if pending is None:
       return
-    mean.add(pending)
+    mean.add({name: value for name, value in pending.items() if name != 'stop'})
+    if several and (number := int(pending['stop'])):
+      asked = [number]
     if int(pending['skipped_in_row']) >= config.max_skipped_in_row:
       raise UserError(
           f'{config.max_skipped_in_row} steps in a row up to step {step} had gradients that are not finite: lower '
@@ -111,14 +134,14 @@ def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar
       scalars['images_per_second'] = scalars['steps_per_second'] * config.batch_size
       writer.scalars(step, {f'train/{name}': value for name, value in scalars.items()})
     evaluate.at(state, step, due)
-    if due(config.checkpoint_every) or last or stop:
+    if due(config.checkpoint_every) or last or asked:
       checkpoints.save(state, stage.metadata)
-    if stop and not last:
-      raise Interrupted(stop[0], step)
+    if asked and not last:
+      raise Interrupted(asked[0], step)
     if last:
       return state
     batch = mesh_lib.put_batch(next(batches), mesh)
-    state, metrics = train_step(state, batch)
+    state, metrics = train_step(state, batch, mesh_lib.put_number(stop[0] if stop else 0, mesh))
     fetch()
     if pending is not None:
       rate = (step - start) * config.batch_size / bar.format_dict['elapsed']
@@ -134,7 +157,7 @@ class _Best:
     self._name, self._sign = name.removeprefix('-'), -1 if name.startswith('-') else 1
     self._writer, self._keep = writer, keep
     values = writer.history(self._name) if name else []
-    self._lowest = min((self._sign * value for value in values), default=math.inf)
+    self._lowest = processes.from_first(min((self._sign * value for value in values), default=math.inf))
 
   def check(self, state, step):
     """Keeps the model if the scalar was measured at this step and is better than ever."""
@@ -155,7 +178,7 @@ class _Evaluation:
   def __init__(self, stage, config, source, mesh, writer, measure, best):
     self.stage, self.config, self.source, self.mesh = stage, config, source, mesh
     self.writer, self._measure, self._best = writer, measure, best
-    self._step = jax.jit(stage.eval_step)
+    self._step = jax.jit(stage.eval_step, out_shardings=mesh_lib.replicated(mesh))
 
   def at(self, state, step, due):
     """All that is due at a step. due: setting -> whether."""
@@ -169,7 +192,7 @@ class _Evaluation:
     self._best.check(state, step)
 
   def _batches(self, limit):
-    options = _data_options(self.config, self.stage)
+    options = _data_options(self.config, self.stage, self.mesh)
     for name in ('seed', 'flip'):
       options.pop(name)
     return pipeline.eval_batches(self.source, limit=limit, **options)

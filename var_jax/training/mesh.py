@@ -1,16 +1,67 @@
-"""The device mesh, and where arrays live on it: batches are split over its `data` axis, all else is replicated."""
+"""The device mesh, and where arrays live on it, in a handful of rules.
+
+Batches are split over `data` and `fsdp`. Of the parameters, and of all that is shaped like them (optimizer, average),
+some are split over `tensor` by TENSOR_RULES, and kernels over `fsdp` along the largest dimension that it divides;
+tables and vectors, a small part, are replicated. XLA derives the collectives.
+"""
+
+import math
+import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from var_jax import axes
 from var_jax.errors import UserError
 
+# Names of the transformer's parameters, and the dimension along which `tensor` splits them.
+TENSOR_RULES = (
+    (r'(qkv/kernel|q_bias|v_bias|log_scale|fc1/kernel|fc1/bias|head/kernel|head/bias)$', -1),
+    (r'(attention/proj/kernel|fc2/kernel|adaln/kernel|shared/kernel)$', -2),
+)
+STACKED = re.compile(r'(^|/)blocks/')  # the first dimension counts blocks, which are taken one at a time
 
-def make_mesh(devices=None):
-  """A mesh over all devices (of all processes) with the axis `data`."""
+
+def make_mesh(devices=None, *, data=-1, fsdp=1, tensor=1):
+  """A mesh over devices (default: all, of all processes); -1 takes what the other axes leave.
+
+  UserError when the sizes do not make up the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
+  open_axes, fixed = [name for name in sizes if sizes[name] == -1], math.prod(s for s in sizes.values() if s != -1)
+  if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise UserError(f'mesh sizes {sizes} must be 1 or more, and one of them at most -1, for the rest')
+  if len(devices) % fixed or not open_axes and fixed != len(devices):
+    raise UserError(f'a mesh of {_described(sizes)} does not fit {len(devices)} devices: change config.mesh, such as '
+                    f'--config.mesh.{(open_axes or ["data"])[0]}=-1')
+  shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
+  return Mesh(_arranged(devices, shape), axes.NAMES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _described(sizes):
+  return ' x '.join(f'{size} {name}' for name, size in sizes.items())
+
+
+def _arranged(devices, shape):
+  """Devices in an array so that neighbours are linked well; only `data` reaches over slices."""
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices > 1:
+    if shape[0] % slices:
+      raise UserError(f'the mesh\'s data axis, {shape[0]}, is not shared evenly by {slices} slices: make it a multiple')
+    return mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
+  if devices[0].platform == 'tpu':
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return np.array(devices).reshape(shape)  # in order of processes: the last axes stay within one as far as they fit
+
+
+def fitting(sizes, devices=None):
+  """A mesh for inference: the sizes of a run as far as this many devices allow."""
   devices = jax.devices() if devices is None else devices
-  return jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
+  fsdp = math.gcd(max(sizes.fsdp, 1), len(devices))
+  return make_mesh(devices, fsdp=fsdp, tensor=math.gcd(max(sizes.tensor, 1), len(devices) // fsdp))
 
 
 def replicated(mesh):
@@ -18,25 +69,87 @@ def replicated(mesh):
 
 
 def split(mesh):
-  """Sharding of a batch: its first axis over the devices."""
-  return NamedSharding(mesh, PartitionSpec('data'))
+  """Sharding of a batch: its first axis over `data` and `fsdp`."""
+  return NamedSharding(mesh, PartitionSpec(axes.BATCH))
+
+
+def batch_parts(mesh):
+  """How many parts a batch is split into."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def spec_of(name, shape, mesh):
+  """PartitionSpec of a parameter 'blocks/attention/qkv/kernel', or of a moment or average of the same shape."""
+  spec, first = [None] * len(shape), 1 if STACKED.search(name) else 0
+  for pattern, axis in TENSOR_RULES:
+    if re.search(pattern, name) and len(shape) >= -axis and shape[axis] % mesh.shape['tensor'] == 0:
+      spec[axis] = 'tensor' if mesh.shape['tensor'] > 1 else None
+  free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % mesh.shape['fsdp'] == 0]
+  if mesh.shape['fsdp'] > 1 and name.endswith('kernel') and free:
+    spec[max(free, key=lambda i: (shape[i], i))] = 'fsdp'
+  return PartitionSpec(*spec)
+
+
+def shardings(tree, mesh):
+  """NamedShardings of a pytree of arrays or of their shapes, by the names of its dicts' keys."""
+
+  def of(path, leaf):
+    name = '/'.join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+    return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def placed(shapes, mesh):
+  """A pytree's shapes with their shardings: where a checkpoint, or a compiled step, is to have them."""
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes,
+                      shardings(shapes, mesh))
 
 
 def check_batch(batch_size, mesh, accumulate=1):
   """Raises UserError when the devices cannot share a batch evenly."""
-  parts = mesh.size * accumulate
+  parts = batch_parts(mesh) * accumulate
   if batch_size % parts:
     near = max(batch_size // parts, 1) * parts
     raise UserError(
-        f'batch_size {batch_size} cannot be shared by {mesh.size} devices with accumulate={accumulate}: '
+        f'batch_size {batch_size} cannot be shared by {batch_parts(mesh)} devices with accumulate={accumulate}: '
         f'use a multiple of {parts}, such as {near}')
 
 
+def process_part(mesh, batch_size):
+  """(index, count): which part of a batch of this size this process reads, of how many.
+
+  Processes whose devices differ along `tensor` alone read the same part.
+  """
+  rows = [index[0].indices(batch_size)[:2] for index in
+          split(mesh).addressable_devices_indices_map((batch_size,)).values()]
+  first, end = min(start for start, _ in rows), max(stop for _, stop in rows)
+  return first // (end - first), batch_size // (end - first)
+
+
 def put_batch(batch, mesh):
-  """Each process's rows {name: (B/processes, ...)} as global arrays (B, ...) split over the mesh."""
+  """Each process's part {name: (B/parts, ...)}, see `process_part`, as global arrays (B, ...) split over the mesh."""
   return {name: jax.make_array_from_process_local_data(split(mesh), np.asarray(x)) for name, x in batch.items()}
 
 
+def put_whole(x, mesh):
+  """An array (B, ...) that every process has whole, as a global one that is split over the mesh."""
+  return jax.make_array_from_callback(x.shape, split(mesh), lambda index: x[index])
+
+
+def put_number(number, mesh):
+  """Each process's own number, as a global array of one for each device."""
+  place = NamedSharding(mesh, PartitionSpec(axes.NAMES))
+  return jax.make_array_from_callback((mesh.size,), place, lambda index: np.full(1, number, np.int32))
+
+
 def put_state(state, mesh):
-  """A host-local pytree as one that is replicated over the mesh."""
-  return jax.device_put(state, replicated(mesh))
+  """A pytree, global or the same on every process, laid out by the rules."""
+
+  def put(x, place):
+    if jax.process_count() == 1 or isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return jax.device_put(x, place)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+  return jax.tree.map(put, state, shardings(state, mesh))

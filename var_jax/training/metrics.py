@@ -9,26 +9,35 @@ import numpy as np
 import tensorboardX
 from PIL import Image
 
+from var_jax.training import processes
+
 
 class Writer:
-  """Appends to `WORKDIR/metrics.jsonl` and TensorBoard events. Lines after `step`, of a lost stretch, are dropped."""
+  """Appends to `WORKDIR/metrics.jsonl` and TensorBoard events. Lines after `step`, of a lost stretch, are dropped.
+
+  Of several processes the first writes; all remember.
+  """
 
   def __init__(self, workdir, step):
     self.path = pathlib.Path(workdir) / 'metrics.jsonl'
+    self._latest, self._events = {}, None  # name: (step, value)
+    if not processes.is_first():
+      return
     if self.path.exists():
       lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
       self.path.write_text(''.join(line + '\n' for line in lines))
-    self._latest = {}  # name: (step, value)
     self._events = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / 'tensorboard'), purge_step=step + 1)
 
   def scalars(self, step, values):
     """One line of {name: number}; a value that is not finite becomes null, so that every line stays JSON."""
     numbers = {name: float(value) for name, value in values.items()}
+    self._latest |= {name: (step, value) for name, value in numbers.items()}
+    if self._events is None:
+      return
     finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     with self.path.open('a') as file:
       file.write(json.dumps({'step': step} | finite) + '\n')
     for name, value in numbers.items():
-      self._latest[name] = step, value
       self._events.add_scalar(name, value, step)
 
   def at(self, name, step):
@@ -42,13 +51,16 @@ class Writer:
 
   def picture(self, step, name, image_HxWx3):
     """One uint8 picture, to `WORKDIR/pictures/NAME_STEP.png` as well."""
+    if self._events is None:
+      return
     folder = self.path.parent / 'pictures'
     folder.mkdir(exist_ok=True)
     Image.fromarray(image_HxWx3).save(folder / f'{name}_{step:07d}.png')
     self._events.add_image(name, image_HxWx3, step, dataformats='HWC')
 
   def close(self):
-    self._events.close()
+    if self._events is not None:
+      self._events.close()
 
 
 def read(path):

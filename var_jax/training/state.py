@@ -28,12 +28,12 @@ class TrainState:
   skipped_in_row: Any = 0
 
   @classmethod
-  def create(cls, seed, params, optimizer, *, ema, extra=None, frozen=None):
-    """The state before the first step. ema: whether to keep an average of the parameters."""
+  def create(cls, seed, params, optimizer, *, ema, extra=None):
+    """The state before the first step, without `frozen`. ema: whether to keep an average of the parameters."""
     step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # own buffers, since the state is donated
     copy = jax.tree.map(jnp.copy, params) if ema else None
     key = jax.random.key_data(jax.random.key(seed))
-    return cls(step, key, params, optimizer.init(params), copy, extra, frozen, skipped, in_row)
+    return cls(step, key, params, optimizer.init(params), copy, extra, None, skipped, in_row)
 
   @property
   def model(self):

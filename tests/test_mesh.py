@@ -1,0 +1,99 @@
+"""The mesh and its rules: what is split over which axis, and that constraints reach the compiled program."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny_runs import Trainer, some_batch
+
+from var_jax import axes
+from var_jax.errors import UserError
+from var_jax.training import mesh as mesh_lib
+
+
+def mesh_of(data, fsdp, tensor):
+  return mesh_lib.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def test_sizes_make_up_the_devices():
+  assert dict(mesh_lib.make_mesh().shape) == {'data': 8, 'fsdp': 1, 'tensor': 1}
+  assert dict(mesh_of(-1, 2, 2).shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
+  assert dict(mesh_of(1, -1, 4).shape) == {'data': 1, 'fsdp': 2, 'tensor': 4}
+  for sizes in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (4, 1, 1), (0, 1, 8), (16, 1, 1)):
+    with pytest.raises(UserError, match='mesh'):
+      mesh_of(*sizes)
+
+
+def test_inference_takes_a_runs_mesh_as_far_as_it_fits():
+  class Sizes:
+    fsdp, tensor = 16, 2
+
+  assert dict(mesh_lib.fitting(Sizes).shape) == {'data': 1, 'fsdp': 8, 'tensor': 1}
+  Sizes.fsdp = 2
+  assert dict(mesh_lib.fitting(Sizes, jax.devices()[:6]).shape) == {'data': 3, 'fsdp': 2, 'tensor': 1}
+  assert dict(mesh_lib.fitting(Sizes, jax.devices()[:1]).shape) == {'data': 1, 'fsdp': 1, 'tensor': 1}
+
+
+@pytest.mark.parametrize('name, shape, sizes, spec', [
+    ('blocks/fc1/kernel', (4, 64, 256), (2, 2, 2), P(None, 'fsdp', 'tensor')),
+    ('blocks/fc2/kernel', (4, 256, 64), (2, 2, 2), P(None, 'tensor', 'fsdp')),
+    ('blocks/attention/qkv/kernel', (4, 64, 3, 64), (2, 2, 2), P(None, 'fsdp', None, 'tensor')),
+    ('blocks/attention/proj/kernel', (4, 64, 64), (2, 2, 2), P(None, 'tensor', 'fsdp')),
+    ('blocks/attention/q_bias', (4, 64), (2, 2, 2), P(None, 'tensor')),
+    ('blocks/adaln/bias', (4, 384), (2, 2, 2), P(None, None)),
+    ('head/kernel', (64, 4096), (1, 8, 1), P(None, 'fsdp')),
+    ('head/kernel', (64, 4096), (8, 1, 1), P(None, None)),
+    ('head/kernel', (64, 99), (2, 2, 2), P('fsdp', None)),  # 99 codes cannot be halved
+    ('class_embedding', (1001, 64), (2, 2, 2), P(None, None)),
+    ('encoder/conv_in/kernel', (3, 3, 3, 160), (1, 8, 1), P(None, None, None, 'fsdp')),
+    ('decoder/conv_out/kernel', (3, 3, 5, 3), (1, 8, 1), P(None, None, None, None)),
+    ('decoder/norm_out/norm/scale', (160,), (1, 8, 1), P(None)), ('', (), (1, 8, 1), P())])
+def test_rules(name, shape, sizes, spec):
+  assert mesh_lib.spec_of(name, shape, mesh_of(*sizes)) == spec
+
+
+def test_moments_and_average_lie_where_their_parameters_do():
+  trainer, mesh = Trainer('generator'), mesh_of(2, 2, 2)
+  placed = mesh_lib.placed(trainer.initial, mesh)
+  mu = placed.opt_state[1].mu
+  for tree in (mu, placed.ema):
+    assert jax.tree.map(lambda x: x.sharding.spec, tree) == jax.tree.map(lambda x: x.sharding.spec, placed.params)
+  largest = max(jax.tree.leaves(placed.params), key=lambda x: x.size)
+  assert set(jax.tree.leaves(tuple(largest.sharding.spec))) == {'fsdp', 'tensor'}
+  share = lambda x: np.prod(x.sharding.shard_shape(x.shape)) / x.size
+  whole = [x for x in jax.tree.leaves(placed.params) if share(x) == 1]
+  assert sum(x.size for x in whole) < 0.1 * sum(x.size for x in jax.tree.leaves(placed.params))
+
+
+def test_batches_are_split_over_data_and_fsdp():
+  image = mesh_lib.put_batch(some_batch(), mesh_of(2, 2, 2))['image']
+  assert {s.data.shape for s in image.addressable_shards} == {(2, 8, 8, 3)}
+  assert mesh_lib.process_part(mesh_of(2, 2, 2), 8) == (0, 1)
+  mesh = mesh_of(2, 2, 2)
+  for size, parts, shared in ((8, 2, True), (12, 1, True), (6, 1, False), (4, 2, False)):
+    if shared:
+      mesh_lib.check_batch(size, mesh, parts)
+    else:
+      with pytest.raises(UserError, match=f'batch_size {size} cannot be shared by 4'):
+        mesh_lib.check_batch(size, mesh, parts)
+
+
+def test_constraints_are_in_the_lowered_text():
+  """Batches and heads; without them XLA would be free to gather everything on every device."""
+  trainer = Trainer('generator', (2, 2, 2))
+  text = trainer.step.lowered(trainer.initial, some_batch()).as_text()
+  assert '"data"=2, "fsdp"=2, "tensor"=2' in text
+  found = re.findall(r'sdy.sharding_constraint .*?<@\w+, (\[.*?\])>', text)
+  heads = [spec for spec in found if re.search(r'\{"data", "fsdp"\}, \{\}, \{\}, \{"tensor"\}', spec)]
+  hidden = [spec for spec in found if re.fullmatch(r'\[\{"data", "fsdp"\}, \{\}, \{"tensor"\}\]', spec)]
+  assert heads and len(hidden) >= 3, found
+
+
+def test_constraint_leaves_alone_what_cannot_be_shared():
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    lowered = jax.jit(lambda x: axes.constrain(x, axes.BATCH, axes.TENSOR)).lower(jnp.zeros((6, 4))).as_text()
+  assert '[{}, {"tensor"}]' in lowered
+  assert axes.constrain(1, axes.BATCH) == 1  # no mesh, nothing happens

@@ -1,0 +1,117 @@
+"""Several processes on this machine: they compute what one does, stop together, and say when one is missing."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import ROOT, metrics_of, train_both
+
+from var_jax.__main__ import main
+
+STEPS = ['--config.steps=8', '--config.eval_every=4', '--config.pictures_every=8', '--config.checkpoint_every=4']
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  return train_both(tmp_path_factory)
+
+
+def free_port():
+  with socket.socket() as found:
+    found.bind(('127.0.0.1', 0))
+    return found.getsockname()[1]
+
+
+def start(count, devices, trained, workdir, *options, only=None):
+  """Processes that train the tiny generator together; only: the indices of those that come."""
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices),
+                              'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+  command = [sys.executable, '-m', 'var_jax', 'train', f'--config={trained[0]}:generator', f'--workdir={workdir}',
+             f'--config.tokenizer={trained[1]}', *STEPS, *options]
+  port = free_port()
+  return [subprocess.Popen([*command, f'--distributed=127.0.0.1:{port},{count},{i}'], env=environment, cwd=ROOT,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+          for i in (only or range(count))]
+
+
+def finish(processes, timeout=300):
+  """[(exit status, stderr)]."""
+  try:
+    return [(process.returncode, errors) for process in processes
+            for errors in [process.communicate(timeout=timeout)[1]]]
+  finally:
+    for process in processes:
+      process.kill()
+
+
+def numbers(workdir):
+  return {(line['step'], name): value for line in metrics_of(workdir) for name, value in line.items()
+          if 'per_second' not in name}
+
+
+@pytest.fixture(scope='module')
+def alone(trained, tmp_path_factory):
+  """The workdir of one process with the eight devices of the tests."""
+  workdir = tmp_path_factory.mktemp('alone') / 'w'
+  assert main(['train', f'--config={trained[0]}:generator', f'--workdir={workdir}', f'--config.tokenizer={trained[1]}',
+               *STEPS]) == 0
+  return workdir
+
+
+@pytest.mark.parametrize('count, devices, sizes', [
+    (2, 2, (1, 2, 2)), pytest.param(4, 1, (2, 1, 2), marks=pytest.mark.slow),
+    pytest.param(2, 1, (2, 1, 1), marks=pytest.mark.slow)])
+def test_processes_compute_what_one_does(trained, alone, tmp_path, count, devices, sizes):
+  """Over a mesh whose tensor axis lies within a process, and one where it reaches over two."""
+  mesh = [f'--config.mesh.{name}={size}' for name, size in zip(('data', 'fsdp', 'tensor'), sizes)]
+  for status, errors in finish(start(count, devices, trained, tmp_path / 'w', *mesh)):
+    assert status == 0, errors
+  expected, found = numbers(alone), numbers(tmp_path / 'w')
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=str(name))
+  pictures = [np.asarray(Image.open(w / 'pictures/samples_0000008.png')).astype(int) for w in (alone, tmp_path / 'w')]
+  assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_signal_to_one_process_stops_and_saves_all(trained, alone, tmp_path):
+  processes = start(2, 1, trained, tmp_path / 'w', '--config.steps=500', '--config.log_every=1',
+                    '--config.eval_every=0', '--config.checkpoint_every=100')
+  until = time.monotonic() + 200
+  while not (tmp_path / 'w/metrics.jsonl').exists() and time.monotonic() < until:
+    time.sleep(0.1)
+  processes[1].send_signal(signal.SIGTERM)
+  ended = finish(processes)
+  assert [status for status, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+  steps = {errors.partition('stopped at step ')[2].split()[0] for _, errors in ended}
+  assert len(steps) == 1 and (tmp_path / 'w/checkpoints' / steps.pop()).exists()
+
+
+def test_missing_process_is_told(trained, tmp_path):
+  (status, errors), = finish(start(2, 1, trained, tmp_path / 'w', '--join_timeout=5', only=[0]), timeout=120)
+  assert status == 2 and 'did not all join within 5 seconds' in errors and 'Traceback' not in errors
+  assert not (tmp_path / 'w').exists()
+
+
+def test_process_that_dies_stops_the_others(trained, tmp_path):
+  processes = start(2, 1, trained, tmp_path / 'w', '--config.steps=100000', '--config.log_every=1',
+                    '--config.eval_every=0')
+  until = time.monotonic() + 200
+  while not list((tmp_path / 'w').glob('checkpoints/4')) and time.monotonic() < until:
+    time.sleep(0.1)
+  processes[1].kill()
+  status, errors = finish(processes, timeout=150)[0]
+  assert status == 2 and 'error: ' in errors and 'Traceback' not in errors, errors
+
+
+def test_nonsense_is_refused(capsys, trained, tmp_path):
+  for how in ('nonsense', '127.0.0.1:1,two,0', 'auto'):
+    assert main(['train', f'--config={trained[0]}', f'--workdir={tmp_path / "w"}', f'--distributed={how}']) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith('error: ') and '--distributed' in error and '\n' not in error

@@ -1,0 +1,90 @@
+"""Several processes as one program: how they join, which of them writes files, and what one says to all."""
+
+import contextlib
+import os
+import sys
+import threading
+import traceback
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from var_jax.errors import UserError
+
+
+def join(how, timeout=300):
+  """Joins the other processes of a run. Before anything else touches a device.
+
+  how: 'auto' where a TPU pod, Slurm, Open MPI or Kubernetes tells who they are; else 'HOST:PORT,COUNT,INDEX', the first
+  process's address, how many there are and which this is. timeout: seconds to wait for them. UserError when they do
+  not all come.
+  """
+  given = {}
+  if how != 'auto':
+    try:
+      address, count, index = how.split(',')
+      given = dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
+    except ValueError as error:
+      raise _nobody(how, 'that is no address, count and index') from error
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  jax.config.update('jax_cpu_enable_async_dispatch', False)  # nor does gloo tell programs apart that overlap
+  # jax would abort the process with pages of its own when the time is over.
+  watch = threading.Timer(timeout, leave, [
+      f'the processes did not all join within {timeout} seconds: look at those that are missing, and start all again'])
+  watch.daemon = True
+  watch.start()
+  try:
+    jax.distributed.initialize(**given, initialization_timeout=timeout + 60)
+  except (RuntimeError, ValueError) as error:
+    raise _nobody(how, ' '.join(str(error).split())[:200]) from error
+  finally:
+    watch.cancel()
+  if jax.default_backend() == 'cpu':
+    # A cached program and one that was compiled number their collectives differently: gloo then mixes them up.
+    jax.config.update('jax_enable_compilation_cache', False)
+
+
+def _nobody(how, why):
+  return UserError(f'--distributed={how}: this process cannot find the others ({why}): write '
+                   '--distributed=HOST:PORT,COUNT,INDEX')
+
+
+@contextlib.contextmanager
+def together():
+  """Within, an error of one of several processes ends it at once: jax would first wait for the others, for minutes."""
+  try:
+    yield
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    line = ' '.join(str(error).split())[:300]
+    if isinstance(error, UserError):
+      leave(line)
+    if isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in line:
+      leave('another process died, or the network between them: start all again, they go on from what is saved '
+            f'({line})')
+    traceback.print_exc()
+    os._exit(1)
+
+
+def leave(message):
+  """Ends this process at once, with exit status 2."""
+  print(f'error: {message}', file=sys.stderr, flush=True)
+  os._exit(2)
+
+
+def is_first():
+  """Whether this process writes what one alone has to write."""
+  return jax.process_index() == 0
+
+
+def wait(name):
+  """Until all processes are here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def from_first(number):
+  """The first process's number, on all."""
+  return float(multihost_utils.broadcast_one_to_all(np.float32(number))) if jax.process_count() > 1 else number
