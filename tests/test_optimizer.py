@@ -84,7 +84,8 @@ def test_optimizer_step_matches_published_implementation(published_step):
 
 def test_weight_decay_holds_the_published_tensors_alone(published_step):
   golden, params, *_ = published_step
-  decayed = jax.tree_util.tree_map_with_path(lambda path, x: np.full(len(x), optimizer_lib.is_decayed(path, x)), params)
+  whole = lambda path, x: np.full(x.shape, optimizer_lib.is_decayed(path, x))
+  decayed = jax.tree_util.tree_map_with_path(whole, params)
   assert {name for name, whole in in_torch(decayed).items() if np.all(whole)} == set(golden['decayed'])
 
 

@@ -75,7 +75,7 @@ def test_eight_devices_compute_what_one_does(kind, mesh):
     assert max(leaves(apart).values()) < 1e-5, apart
 
 
-@pytest.mark.parametrize('kind, mesh', [('tokenizer', (2, 4, 1)), ('generator', (2, 2, 2))])
+@pytest.mark.parametrize('kind, mesh', [('tokenizer', (1, 8, 1)), ('generator', (2, 2, 2))])
 def test_twenty_steps_on_eight_devices_are_those_of_one(kind, mesh):
   for (_, a), (_, b) in zip(Trainer(kind).run(20), Trainer(kind, mesh).run(20), strict=True):
     assert_close(b['loss'], a['loss'], rtol=1e-5)

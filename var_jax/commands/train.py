@@ -133,7 +133,7 @@ def make_stage(config, workdir, steps):
     tokenizer = workdir_lib.make_tokenizer(config)
     _check_frozen(config, lambda: workdir_lib.tokenizer_shapes(tokenizer))
     initial = workdir_lib.initial_tokenizer(workdir, config, tokenizer)
-    return TokenizerStage(config, tokenizer, steps, initial), lambda: None
+    return TokenizerStage(config, tokenizer, steps, initial, _lpips(config.loss)), lambda: None
   from var_jax.stages.generator import GeneratorStage
 
   place, tokenizer, params = workdir_lib.find_tokenizer(workdir, config.tokenizer)
@@ -145,6 +145,17 @@ def make_stage(config, workdir, steps):
   initial = workdir_lib.initial_generator(workdir, config, generator)
   stage = GeneratorStage(config, generator, tokenizer, params, workdir_lib.fingerprint(params), steps, initial)
   return stage, lambda: workdir_lib.keep_tokenizer(workdir, place, params)
+
+
+def _lpips(loss):
+  """The weights of the perceptual loss, None where it has none."""
+  if not loss.lpips:
+    return None
+  if not loss.lpips_weights:
+    raise UserError('loss.lpips needs VGG16 weights: set --config.loss.lpips_weights=FILE, or --config.loss.lpips=0')
+  from var_jax.tokenizer import lpips
+
+  return lpips.load(loss.lpips_weights)
 
 
 def _check_frozen(config, shapes):

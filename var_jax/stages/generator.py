@@ -45,13 +45,13 @@ class GeneratorStage:
 
   def train_step(self, state, batch):
     """(state, metrics) after one step. Pure."""
-    encoded = self._encode(state, batch)
+    encoded = self.encode_batch(state, batch)
     loss = lambda params, part, key: self._loss(params, part, key, state.step)
     grads, metrics = accumulated(loss, state.params, encoded, state.step_key, self.config.accumulate)
     state, more = state.updated(grads, self.optimizer, ema_decay=self.config.ema)
     return state, metrics | more
 
-  def _encode(self, state, batch):
+  def encode_batch(self, state, batch):
     """What the generator learns from: labels, tokens and teacher-forcing input of a batch of images."""
     variables = {'params': state.frozen['tokenizer']}
     tokens_BxL = self.tokenizer.apply(variables, batch['image'], method='encode')
@@ -77,7 +77,7 @@ class GeneratorStage:
 
   def eval_step(self, state, batch):
     """Sums over the images of a batch, without label drop, drop-path and smoothing."""
-    encoded = self._encode(state, batch)
+    encoded = self.encode_batch(state, batch)
     logits = self.generator.apply({'params': state.model}, encoded['label'], encoded['teacher'])
     means = losses.summarize(logits, encoded['tokens'], self.generator.pyramid, batch['mask'])
     images = batch['mask'].sum()

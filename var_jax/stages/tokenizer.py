@@ -7,7 +7,6 @@ import optax
 
 from var_jax import axes, pictures
 from var_jax.data.images import to_uint8
-from var_jax.errors import UserError
 from var_jax.tokenizer import losses, lpips
 from var_jax.tokenizer.discriminator import PatchDiscriminator
 from var_jax.training import optimizer as optimizer_lib
@@ -17,22 +16,20 @@ from var_jax.training.state import TrainState, accumulated
 class TokenizerStage:
   """Trains a `Tokenizer`. See `training.loop.train` for what the loop asks of a stage.
 
-  initial: parameters to begin with, None for new ones.
+  initial: parameters to begin with, None for new ones. lpips_params: see `lpips.load`, where the loss asks for it.
   """
 
   name = 'tokenizer'
   metadata = {}
 
-  def __init__(self, config, tokenizer, steps, initial=None):
+  def __init__(self, config, tokenizer, steps, initial=None, lpips_params=None):
     self.config, self.tokenizer, self.steps = config, tokenizer, steps
     self.image_size = tokenizer.image_size
     self.optimizer = optimizer_lib.from_config(config.optimizer, steps, config.freeze)
     self.initial = initial
     self.discriminator = PatchDiscriminator(config.loss.discriminator_ch, dtype=tokenizer.dtype)
     self.discriminator_optimizer = optimizer_lib.adamw(config.loss.discriminator_lr, betas=(0.5, 0.9), clip=1.0)
-    if config.loss.lpips and not config.loss.lpips_weights:
-      raise UserError('loss.lpips needs VGG16 weights: set --config.loss.lpips_weights=FILE, or --config.loss.lpips=0')
-    self.frozen = {'lpips': lpips.load(config.loss.lpips_weights)} if config.loss.lpips else None
+    self.frozen = {'lpips': lpips_params} if config.loss.lpips else None
 
   def init(self, initial=None):
     """The state before the first step, without what is frozen. initial: parameters, None for new ones. Pure."""
@@ -102,7 +99,8 @@ class TokenizerStage:
     metrics = {'l1': jnp.mean(jnp.abs(image - target)), 'l2': jnp.mean((image - target) ** 2)}
     loss = weights.l1 * metrics['l1'] + weights.l2 * metrics['l2']
     if weights.lpips:
-      metrics['lpips'] = jnp.mean(lpips.distance(frozen['lpips'], image, target))
+      precision = 'highest' if self.tokenizer.dtype == jnp.float32 else 'default'
+      metrics['lpips'] = jnp.mean(lpips.distance(frozen['lpips'], image, target, precision=precision))
       loss += weights.lpips * metrics['lpips']
     return loss, metrics
 

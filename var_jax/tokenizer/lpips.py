@@ -55,6 +55,12 @@ def load(*paths):
   return from_torch(tensors)
 
 
+def shapes():
+  """The shapes of params, without any weights."""
+  tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in _shapes().items()}
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), from_torch(tensors))
+
+
 def from_torch(tensors):
   """params {'convs': ((kernel, bias), ...), 'heads': (weights_C, ...)} from tensors in PyTorch's names and layouts.
 

@@ -95,8 +95,11 @@ def _data_options(config, stage, mesh):
       workers=data.workers, process_index=index, process_count=count)
 
 
-def _compiled_step(stage, state, mesh):
-  """The jitted train_step; its metrics also tell whether any process was asked to stop, the same on all of them."""
+def jitted_step(stage, state, mesh):
+  """The jitted train_step: (state, batch, a number of each device) -> (state, metrics).
+
+  state: to take the shardings from. The metrics also tell whether any process was asked to stop, the same on all.
+  """
 
   def step(state, batch, stop):
     state, metrics = stage.train_step(state, batch)
@@ -107,7 +110,7 @@ def _compiled_step(stage, state, mesh):
 
 
 def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop):
-  train_step, several = _compiled_step(stage, state, mesh), jax.process_count() > 1
+  train_step, several = jitted_step(stage, state, mesh), jax.process_count() > 1
   mean, pending, start = metrics_lib.Mean(), None, int(state.step)
   step, asked = start, None if several else stop  # several processes stop together, after the step that told them all
 

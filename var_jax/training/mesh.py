@@ -137,10 +137,14 @@ def put_whole(x, mesh):
   return jax.make_array_from_callback(x.shape, split(mesh), lambda index: x[index])
 
 
+def per_device(mesh):
+  """Sharding of an array with one row for each device."""
+  return NamedSharding(mesh, PartitionSpec(axes.NAMES))
+
+
 def put_number(number, mesh):
   """Each process's own number, as a global array of one for each device."""
-  place = NamedSharding(mesh, PartitionSpec(axes.NAMES))
-  return jax.make_array_from_callback((mesh.size,), place, lambda index: np.full(1, number, np.int32))
+  return jax.make_array_from_callback((mesh.size,), per_device(mesh), lambda index: np.full(1, number, np.int32))
 
 
 def put_state(state, mesh):

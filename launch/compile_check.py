@@ -1,0 +1,171 @@
+"""Compiles the real train step and sampler for a TPU that is not there, and says whether they fit and what bounds them.
+
+python launch/compile_check.py --config=experiments/imagenet256.py:generator,depth=16 --topology=v5e:4x4
+Needs no accelerator, but `pip install -e '.[tpu]'`. Settings are changed as in training: --config.remat=dots
+--config.mesh.fsdp=16 --config.accumulate=2. Exit status 1 when it does not fit. `--platform=cuda` lowers for GPUs
+instead, which shows that the program can be built for them and no more.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import NamedTuple
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # libtpu, where installed, would look for chips
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from var_jax import flops
+from var_jax import workdir as workdir_lib
+from var_jax.commands import flags
+from var_jax.errors import UserError
+from var_jax.generator import sampling
+from var_jax.stages.generator import GeneratorStage
+from var_jax.stages.tokenizer import TokenizerStage
+from var_jax.tokenizer import lpips
+from var_jax.training import hlo, loop
+from var_jax.training import mesh as mesh_lib
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """FLOP/s in bfloat16, bytes of memory and their rate, bytes/s between chips (all links, one direction)."""
+
+  flops: float
+  memory: float
+  memory_rate: float
+  link_rate: float
+
+
+CHIPS = {  # as published by the maker; v4 with both cores as one device
+    'v4': Chip(275e12, 32 * GIB, 1228e9, 150e9), 'v5e': Chip(197e12, 16 * GIB, 819e9, 100e9),
+    'v5p': Chip(459e12, 95 * GIB, 2765e9, 300e9), 'v6e': Chip(918e12, 32 * GIB, 1640e9, 224e9)}
+
+
+def main(arguments):
+  parser = flags.Parser('compile_check', __doc__, 'python launch/compile_check.py '
+                        '--config=experiments/imagenet256.py:generator,depth=16 --topology=v5e:16x16')
+  parser.add_argument('--config', required=True, metavar='FILE.py[:ARG]', help='as for training')
+  parser.add_argument('--topology', default='v5e:4x4', metavar='CHIP:SHAPE', help='such as v5e:16x16, v4:2x2x4')
+  parser.add_argument('--platform', choices=['tpu', 'cuda'], default='tpu')
+  parser.add_argument('--program', choices=['train', 'sample'], default='train')
+  parser.add_argument('--per_device', type=int, default=8, metavar='N', help='images for the sampler (default 8)')
+  parser.add_argument('--json', action='store_true', help='one line of JSON in place of the table')
+  options, overrides = parser.parse_known_args(arguments)
+  config = flags.read_config(options.config, overrides)
+  if options.platform == 'cuda':
+    lowered = program(config, options, jax.devices()[:1])[0].lower(lowering_platforms=('cuda',))
+    print(f'lowered for cuda: {len(lowered.as_text().splitlines())} lines of StableHLO')
+    return 0
+  kind = options.topology.partition(':')[0]
+  if kind not in CHIPS:
+    raise UserError(f'--topology={options.topology}: the chip must be one of {", ".join(CHIPS)}, as in v5e:4x4')
+  found = check(config, options, CHIPS[kind])
+  if options.json:
+    print(json.dumps({'config': options.config, 'topology': options.topology, 'program': options.program} | found))
+  else:
+    show(found)
+  return 0 if found['fits'] else 1
+
+
+def devices_of(topology):
+  """The devices of a topology that is not there. UserError for one that does not exist."""
+  more = {'chip_config_name': 'megacore'} if topology.startswith('v4') else {}
+  try:
+    return topologies.get_topology_desc(platform='tpu', topology_name=topology, **more).devices
+  except Exception as error:  # whatever libtpu raises, and its absence
+    raise UserError(f'--topology={topology} cannot be had ({str(error).splitlines()[0][:200]}): use one such as '
+                    "v5e:4x4, and pip install -e '.[tpu]'") from error
+
+
+def program(config, options, devices):
+  """(what `jax.jit` traced, ideal FLOPs of one call, images of one call)."""
+  mesh = mesh_lib.make_mesh(devices, **config.mesh)
+  stage = abstract_stage(config, options)
+  with jax.set_mesh(mesh):
+    if options.program == 'sample':
+      return sampler(stage, mesh, options.per_device)
+    mesh_lib.check_batch(config.batch_size, mesh, config.accumulate)
+    state = jax.eval_shape(stage.init).replace(frozen=stage.frozen)
+    state, B = mesh_lib.placed(state, mesh), config.batch_size
+    batch = {'image': np.broadcast_to(np.float32(0), (B, *stage.image_size, 3)), 'label': np.zeros(B, np.int32)}
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh_lib.split(mesh)) for name, x in batch.items()}
+    stop = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=mesh_lib.per_device(mesh))
+    traced = loop.jitted_step(stage, state, mesh).trace(state, batch, stop)
+    one = {name: jax.ShapeDtypeStruct((config.accumulate, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    return traced, B * flops.train_step(stage, state, one), B
+
+
+def abstract_stage(config, options):
+  """The stage of a config whose parameters are shapes; a generator gets the tokenizer of the same experiment."""
+  steps = config.steps or 100_000
+  if config.stage == 'tokenizer':
+    params = lpips.shapes() if config.loss.lpips else None
+    return TokenizerStage(config, workdir_lib.make_tokenizer(config), steps, lpips_params=params)
+  config.model.classes = config.model.classes or 1000
+  file = options.config.partition(':')[0]
+  tokenizer = workdir_lib.make_tokenizer(flags.read_config(f'{file}:tokenizer', [f'--config.dtype={config.dtype}']))
+  generator = workdir_lib.make_generator(config, tokenizer)
+  return GeneratorStage(config, generator, tokenizer, workdir_lib.tokenizer_shapes(tokenizer), '', steps)
+
+
+def sampler(stage, mesh, per_device):
+  """As `program`, of the sampler with guidance, top_k and top_p."""
+  count = per_device * mesh_lib.batch_parts(mesh)
+  params = {'generator': jax.eval_shape(stage.init).params, 'tokenizer': stage.frozen['tokenizer']}
+  each = jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=mesh_lib.split(mesh))
+
+  def draw(params, labels_B, index_B):
+    keys = sampling.image_keys(0, index_B)
+    choices = sampling.Choices(**stage.config.sample)
+    return sampling.sample(stage.generator, stage.tokenizer, params, labels_B.astype(jnp.int32), keys, choices)[:2]
+
+  traced = jax.jit(draw, out_shardings=mesh_lib.split(mesh)).trace(mesh_lib.placed(params, mesh), each, each)
+  return traced, count * flops.sample(stage.generator, stage.tokenizer, params['tokenizer']), count
+
+
+def check(config, options, chip):
+  """{name: number}, per chip, of the program compiled for a topology."""
+  devices = devices_of(options.topology)
+  start = time.monotonic()
+  traced, ideal, images = program(config, options, devices)
+  lowered = traced.lower(lowering_platforms=('tpu',))
+  traced_in = time.monotonic() - start
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return {'fits': False, 'why': ' '.join(str(error).split())[:300]}
+  memory, cost, n = compiled.memory_analysis(), hlo.count(compiled.as_text()), len(devices)
+  peak = memory.peak_memory_in_bytes
+  times = {'compute': cost.flops / chip.flops, 'memory': cost.bytes / chip.memory_rate,
+           'network': sum(cost.sent.values()) / chip.link_rate}
+  bound = max(times, key=times.get)
+  return {
+      'fits': peak <= chip.memory, 'chips': n, 'images': images, 'peak_gib': peak / GIB,
+      'share_of_memory': peak / chip.memory, 'arguments_gib': memory.argument_size_in_bytes / GIB,
+      'temporaries_gib': memory.temp_size_in_bytes / GIB, 'tflops': cost.flops / 1e12,
+      'ideal_tflops': ideal / n / 1e12, 'over_ideal': cost.flops / (ideal / n), 'gib_moved': cost.bytes / GIB,
+      **{f'{kind}_mib'.replace('-', '_'): size / 2**20 for kind, size in cost.sent.items()},
+      'step_ms': 1e3 * times[bound], 'bound': bound, **{f'{name}_ms': 1e3 * t for name, t in times.items()},
+      'mfu_ceiling': ideal / n / chip.flops / times[bound], 'trace_seconds': traced_in,
+      'compile_seconds': time.monotonic() - start - traced_in}
+
+
+def show(found):
+  """Prints the figures, one a line."""
+  for name, value in found.items():
+    print(f'{name.replace("_", " "):24} {value if not isinstance(value, float) else format(value, ".4g")}')
+
+
+if __name__ == '__main__':
+  try:
+    sys.exit(main(sys.argv[1:]))
+  except UserError as error:
+    sys.exit(print(f'error: {error}', file=sys.stderr) or 2)

@@ -1,0 +1,109 @@
+"""What a program costs, counted in its text and by formula; the check that compiles for chips that are not there."""
+
+import importlib.util
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny_runs import ROOT, write_experiment
+
+from var_jax import flops
+from var_jax.generator.transformer import Generator
+from var_jax.pyramid import Pyramid
+from var_jax.training import hlo
+from var_jax.training import mesh as mesh_lib
+
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='libtpu is not installed')
+
+
+def cost_of(function, *arguments):
+  return hlo.count(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def test_products_in_loops_count_as_often_as_they_run():
+  x, w = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
+  once = 2 * 8 * 16 * 16
+  assert cost_of(lambda x, w: x @ w[0], x, w).flops == once
+  assert cost_of(lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0], x, w).flops == 5 * once
+  dearer = lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w[0] @ w[1] @ w[2], lambda: x @ w[0])
+  assert cost_of(dearer, x, w).flops == 3 * once
+  assert flops.counted(dearer, x, w) == 3 * once
+
+
+def test_slices_and_updates_move_what_they_touch():
+  """A loop over stacked arrays reads and writes each row once, not the whole stack in every turn."""
+  x = jnp.ones((64, 256, 256))
+  moved = cost_of(lambda x: jax.lax.scan(lambda c, row: (c + row.sum(), jnp.sin(row) * c), 0.0, x), x).bytes
+  assert 2 * x.nbytes <= moved < 8 * x.nbytes, moved / x.nbytes
+
+
+def test_convolutions_count_what_they_see():
+  """Padding and the holes of strided gradients are no work: forward, by the image, and by the kernel."""
+  x, kernel = jnp.ones((2, 9, 9, 3)), jnp.ones((3, 3, 3, 4))
+  conv = lambda x, kernel: jax.lax.conv_general_dilated(
+      x, kernel, (2, 2), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  once = 2 * (2 * 4 * 4 * 4) * 27
+  assert flops.counted(conv, x, kernel) == once
+  text = '''ENTRY %main (a: f32[2,9,9,3], b: f32[3,3,3,4]) -> f32[2,4,4,4] {
+  %a = f32[2,9,9,3]{3,2,1,0} parameter(0)
+  %b = f32[3,3,3,4]{3,2,1,0} parameter(1)
+  ROOT %c = f32[2,4,4,4]{3,2,1,0} convolution(%a, %b), window={size=3x3 stride=2x2}, dim_labels=b01f_01io->b01f
+}'''
+  assert hlo.count(text).flops == once
+  padded = text.replace('size=3x3 stride=2x2', 'size=3x3 stride=3x3 pad=1_1x1_1')
+  assert hlo.count(padded).flops == 2 * (2 * 4) * 3 * (9 * 9)  # every pixel is seen once
+
+
+def test_collectives_are_weighed():
+  mesh = mesh_lib.make_mesh()
+  with jax.set_mesh(mesh):
+    x = jax.device_put(jnp.ones((8, 1024)), mesh_lib.split(mesh))
+    cost = cost_of(jax.shard_map(lambda x: jax.lax.psum(x, 'data'), in_specs=P('data'), out_specs=P()), x)
+  assert cost.sent == {'all-reduce': 2 * 4096 * 7 / 8}
+
+
+def test_formula_of_the_generator_is_what_it_computes():
+  """Published scales: beyond the formula there is only what a mask hides among the coarse scales, under 5 %."""
+  for shared in (False, True):
+    scales = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    generator = Generator(Pyramid.of(scales), depth=2, width=256, heads=4, shared_adaln=shared)
+    teacher = jax.ShapeDtypeStruct((1, 679, 32), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1,), jnp.int32)
+    params = jax.eval_shape(generator.init, jax.random.key(0), labels, teacher)
+    ratio = flops.counted(generator.apply, params, labels, teacher) / flops.generator_forward(generator)
+    assert 1 <= ratio < 1.05, ratio
+
+
+def check(*options, timeout=500):
+  return subprocess.run([sys.executable, 'launch/compile_check.py', *options], cwd=ROOT, capture_output=True, text=True,
+                        timeout=timeout)
+
+
+def test_programs_are_lowered_for_gpus(tmp_path):
+  experiment = write_experiment(tmp_path)
+  for options in ([f'--config={experiment}:tokenizer'], [f'--config={experiment}:generator', '--program=sample']):
+    ran = check(*options, '--platform=cuda')
+    assert ran.returncode == 0 and 'lowered for cuda' in ran.stdout, ran.stderr
+
+
+@pytest.mark.parametrize('options, word', [
+    (['--topology=v9:2x2'], 'v4, v5e'), (['--topology=v5e:5x77'], 'v5e:4x4'), ([], '--config'),
+    (['--config.batch=3'], 'no such setting')])
+def test_nonsense_is_refused(tmp_path, options, word):
+  given = [f'--config={write_experiment(tmp_path)}:generator'] if options else []
+  ran = check(*given, *options)
+  lines = ran.stderr.strip().splitlines()
+  assert ran.returncode == 2 and lines[-1].startswith('error: ') and word in lines[-1], ran.stderr
+
+
+@needs_libtpu
+def test_program_is_compiled_for_a_pod(tmp_path):
+  experiment = write_experiment(tmp_path)
+  ran = check(f'--config={experiment}:generator', '--topology=v5e:4x4', '--config.batch_size=16', '--json')
+  found = __import__('json').loads(ran.stdout.splitlines()[-1])
+  assert ran.returncode == 0 and found['fits'] and found['chips'] == 16, ran.stderr
+  assert 0.9 < found['over_ideal'] < 2 and np.isfinite(found['mfu_ceiling'])

@@ -1,0 +1,196 @@
+"""What a compiled program does, counted in its text: XLA's own figures count the body of a loop once.
+
+    cost = count(compiled.as_text())     # FLOPs of products, bytes to and from memory, collectives; of one device
+"""
+
+import collections
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8,
+         'u64': 8, 'f64': 8, 's4': 0.5, 'u4': 0.5, 'token': 0}
+COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+FREE = ('parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'after-all', 'while', 'conditional', 'call',
+        'async-start', 'async-done', 'async-update', 'copy-done', 'opt-barrier', 'partition-id', 'iota')
+LINE = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$')
+SHAPE = re.compile(r'([a-z]\w*)\[([\d,]*)\]')
+
+
+class Cost(NamedTuple):
+  """flops of matrix products and convolutions; bytes read and written; {kind: bytes that a device sends}."""
+
+  flops: float
+  bytes: float
+  sent: dict
+
+
+class _Instruction(NamedTuple):
+  name: str
+  shapes: list  # of its result: [(type, dimensions)], several for a tuple
+  op: str
+  rest: str  # operands and attributes
+
+
+def count(text):
+  """`Cost` of a compiled program: loops count as often as they run, of a conditional the dearest branch."""
+  computations, entry = _parsed(text)
+
+  @functools.cache
+  def cost(name):
+    flops, moved, sent = 0.0, 0.0, collections.Counter()
+    table = {i.name: i for i in computations[name]}
+    for i in computations[name]:
+      times, inner = _inner(i, computations)
+      costs = [cost(c) for c in inner]
+      if i.op == 'conditional':
+        costs = [max(costs, key=lambda c: (c[0], c[1]))]
+      for inner_flops, inner_bytes, inner_sent in costs:
+        flops += times * inner_flops
+        moved += 0 if i.op == 'fusion' else times * inner_bytes
+        sent.update({kind: times * size for kind, size in inner_sent.items()})
+      flops += _flops(i, table)
+      kind = i.op.removesuffix('-start')
+      if kind in COLLECTIVES:
+        sent[kind] += _sent(kind, i, table)
+      if i.op not in FREE and not i.op.endswith('-done'):
+        moved += _moved(i, table, computations)
+    return flops, moved, sent
+
+  flops, moved, sent = cost(entry)
+  return Cost(flops, moved, dict(sent))
+
+
+def _moved(i, table, computations):
+  """Bytes that an instruction reads and writes; of slices, and of updates in place, only what is sliced or updated."""
+  operands = [table[operand] for operand in _operands(i) if operand in table]
+  if i.op == 'dynamic-slice':
+    return 2 * _size(i)
+  if i.op == 'dynamic-update-slice':
+    return 2 * _size(operands[1])
+  if i.op != 'fusion':
+    return _size(i) + sum(map(_size, operands))
+  inside = computations[re.search(r'calls=%?([\w.\-]+)', i.rest)[1]]
+  names, users = {x.name: x for x in inside}, collections.defaultdict(list)
+  for x in inside:
+    for place, operand in enumerate(_operands(x)):
+      users[operand].append((x, place))
+  total, updated = 0, 0
+  for x in inside:
+    if x.op == 'dynamic-update-slice':
+      updated += _size(x) - _size(names[_operands(x)[1]])
+    if x.op != 'parameter':
+      continue
+    if users[x.name] and all(user.op == 'dynamic-slice' and not place for user, place in users[x.name]):
+      total += sum(_size(user) for user, _ in users[x.name])
+    elif not all(user.op == 'dynamic-update-slice' and not place for user, place in users[x.name]):
+      total += _size(x)
+  return total + max(_size(i) - updated, 0)
+
+
+def _parsed(text):
+  """({computation: [_Instruction]}, the entry's name)."""
+  computations, current, entry = {}, None, None
+  for line in text.splitlines():
+    if current is None and line.endswith('{') and (' -> ' in line or line.startswith('ENTRY')):
+      current = re.match(r'(?:ENTRY )?%?([\w.\-]+)', line)[1]
+      computations[current] = []
+      entry = current if line.startswith('ENTRY') else entry
+    elif line.startswith('}'):
+      current = None
+    elif current is not None and (match := LINE.match(line)):
+      name, shape, op, rest = match.groups()
+      shapes = [(kind, tuple(int(d) for d in dims.split(',') if d)) for kind, dims in SHAPE.findall(shape)]
+      computations[current].append(_Instruction(name, shapes, op, rest))
+  return computations, entry
+
+
+def _inner(i, computations):
+  """(how often, names of the computations) that an instruction runs; those of a reduction are not counted."""
+  if i.op == 'while':
+    body, condition = re.search(r'body=%?([\w.\-]+)', i.rest)[1], re.search(r'condition=%?([\w.\-]+)', i.rest)[1]
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
+    return (int(known[1]) if known else _trips(computations[condition])), [body]
+  if i.op == 'conditional':
+    branches = re.search(r'branch_computations=\{([^}]*)\}', i.rest)
+    names = branches[1].split(',') if branches else re.findall(r'(?:true|false)_computation=%?([\w.\-]+)', i.rest)
+    return 1, [name.strip().lstrip('%') for name in names]
+  if i.op in ('fusion', 'call', 'async-start'):
+    return 1, re.findall(r'(?:calls|to_apply)=%?([\w.\-]+)', i.rest)[:1]
+  return 1, []
+
+
+def _trips(condition):
+  """How often a loop runs whose condition compares a counter from 0 with a constant."""
+  constants = [int(i.rest.split(')')[0]) for i in condition if i.op == 'constant' and i.shapes[0][1] == ()
+               and i.rest.split(')')[0].isdecimal()]
+  return max(constants, default=1)
+
+
+def _operands(i):
+  depth, end = 1, len(i.rest)
+  for end, letter in enumerate(i.rest):
+    depth += (letter == '(') - (letter == ')')
+    if not depth:
+      break
+  return re.findall(r'%([\w.\-]+)', i.rest[:end])
+
+
+def _size(i):
+  return sum(BYTES.get(kind, 4) * math.prod(dims) for kind, dims in i.shapes)
+
+
+def _flops(i, table):
+  if i.op == 'dot':
+    lhs = table[_operands(i)[0]].shapes[0][1]
+    axes = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.rest)[1]
+    return 2 * math.prod(i.shapes[0][1]) * math.prod(lhs[int(a)] for a in axes.split(',') if a)
+  if i.op == 'convolution':
+    return _convolution(i, table)
+  return 0
+
+
+def _convolution(i, table):
+  """2 · outputs · inputs that each sees: padding and the holes of dilation are no work."""
+  lhs, rhs = (table[operand].shapes[0][1] for operand in _operands(i)[:2])
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', i.rest)
+  out = i.shapes[0][1]
+  window = dict(re.findall(r'(\w+)=([\dx_\-]+)', (re.search(r'window=\{([^}]*)\}', i.rest) or [None, ''])[1]))
+  spatial = [letter for letter in labels[3] if letter.isdigit()]
+  values = lambda name: [int(v) for v in window[name].split('x')] if name in window else [1] * len(spatial)
+  pads = ([tuple(map(int, p.split('_'))) for p in window['pad'].split('x')] if 'pad' in window
+          else [(0, 0)] * len(spatial))
+  seen = 1
+  for k, letter in enumerate(spatial):
+    seen *= _pairs(lhs[labels[1].index(letter)], out[labels[3].index(letter)], values('size')[k],
+                   values('stride')[k], pads[k][0], values('lhs_dilate')[k], values('rhs_dilate')[k])
+  return 2 * out[labels[3].index('b')] * out[labels[3].index('f')] * rhs[labels[2].index('i')] * seen
+
+
+@functools.cache
+def _pairs(inputs, outputs, size, stride, pad, lhs_dilate, rhs_dilate):
+  """How many (output, window) positions of one dimension meet an input."""
+  at = np.arange(outputs)[:, None] * stride + np.arange(size)[None, :] * rhs_dilate - pad
+  return int(np.sum((at >= 0) & (at % lhs_dilate == 0) & (at // lhs_dilate < inputs)))
+
+
+def _sent(kind, i, table):
+  """Bytes that a device sends, in a ring: (g-1)/g of the whole, twice for an all-reduce."""
+  group = _group(i.rest)
+  inputs = sum(_size(table[operand]) for operand in _operands(i) if operand in table)
+  if kind == 'collective-permute':
+    return inputs
+  whole = inputs * group if kind == 'all-gather' else inputs
+  return whole * (group - 1) / group * (2 if kind == 'all-reduce' else 1)
+
+
+def _group(rest):
+  """How many devices take part together."""
+  if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', rest):
+    return int(match[2])
+  if match := re.search(r'replica_groups=\{\{([\d,]+)\}', rest):
+    return match[1].count(',') + 1
+  return 1
