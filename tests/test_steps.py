@@ -1,6 +1,8 @@
 """The stages' steps: averages, accumulation, devices, and what a loss is made of."""
 
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,20 @@ def test_eight_devices_compute_what_one_does(kind, mesh):
     assert np.mean(np.concatenate([c.ravel() for c in leaves(clear).values()])) > 0.03
     apart = jax.tree.map(lambda c, p, q: np.abs(np.where(c, p - q, 0)).max(), clear, a.params, b.params)
     assert max(leaves(apart).values()) < 1e-5, apart
+
+
+@pytest.mark.parametrize('kind', STAGES)
+def test_rematerialization_computes_more_and_gives_the_same(kind):
+  products = lambda trainer: len(re.findall(
+      r'stablehlo\.(dot_general|convolution)', trainer.step.lowered(trainer.initial, some_batch()).as_text()))
+  plain = Trainer(kind)
+  (state, metrics), = plain.run(1)
+  for remat in ('dots', 'all'):
+    trainer = Trainer(kind, remat=remat)
+    (again, again_metrics), = trainer.run(1)
+    assert products(trainer) > products(plain)
+    assert_close(again_metrics['loss'], metrics['loss'], rtol=1e-6)
+    assert farthest(moments(again, 'mu'), moments(state, 'mu')) < 1e-6
 
 
 @pytest.mark.parametrize('kind, mesh', [('tokenizer', (1, 8, 1)), ('generator', (2, 2, 2))])

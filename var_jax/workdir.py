@@ -16,8 +16,9 @@ from flax.traverse_util import flatten_dict
 from var_jax import configs
 from var_jax.errors import UserError, note
 from var_jax.generator import adapt
-from var_jax.generator.transformer import REMAT, Generator
+from var_jax.generator.transformer import Generator
 from var_jax.pyramid import Pyramid
+from var_jax.remat import POLICIES
 from var_jax.tokenizer.tokenizer import Tokenizer
 from var_jax.training import processes
 from var_jax.training.checkpoint import Checkpoints
@@ -120,11 +121,18 @@ def activation_dtype(config):
   return jnp.dtype(config.dtype)
 
 
+def _remat(config):
+  if config.remat not in POLICIES:
+    raise UserError(f'there is no remat {config.remat!r}: use one of {", ".join(POLICIES)}')
+  return config.remat
+
+
 def make_tokenizer(config):
   """The `Tokenizer` of a tokenizer's config. UserError when the scales do not end in the latent's size."""
   fields = dict(config.model)
   fields['ch_mult'] = tuple(fields['ch_mult'])
-  tokenizer = Tokenizer(Pyramid.of(fields.pop('scales')), **fields, dtype=activation_dtype(config))
+  tokenizer = Tokenizer(
+      Pyramid.of(fields.pop('scales')), **fields, remat=_remat(config), dtype=activation_dtype(config))
   if len(config.image_size) != 2 or min(config.image_size) < 1:
     raise UserError(f'image_size is {tuple(config.image_size)}: give height and width, such as {tokenizer.image_size}')
   if tokenizer.image_size != tuple(config.image_size):
@@ -143,9 +151,7 @@ def make_generator(config, tokenizer):
   width, heads = fields['width'] or 64 * depth, fields['heads'] or depth
   if width % heads:
     raise UserError(f'model.width {width} is not a multiple of model.heads {heads}: change one of them')
-  if config.remat not in REMAT:
-    raise UserError(f'there is no remat {config.remat!r}: use one of {", ".join(REMAT)}')
-  fields.update(width=width, heads=heads, remat=config.remat)
+  fields.update(width=width, heads=heads, remat=_remat(config))
   return Generator(
       tokenizer.pyramid, tokenizer.codes, tokenizer.channels, **fields, dtype=activation_dtype(config))
 

@@ -15,13 +15,9 @@ import jax.numpy as jnp
 from var_jax.axes import BATCH, TENSOR, constrain
 from var_jax.generator.attention import attend
 from var_jax.pyramid import Pyramid
+from var_jax.remat import rematerialized
 
 MAX_LOG_SCALE = math.log(100)
-REMAT = {  # policies of what is kept for the backward pass
-    'none': None,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters; not attention
-    'all': jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Dense(nn.Dense):
@@ -151,7 +147,7 @@ class Generator(nn.Module):
 
   codes, channels: the tokenizer's codebook; classes: label `classes` means "no class" (for guidance).
   width, heads: by default 64·depth and depth. Initial values as published; adaln_gamma is the recipe's own.
-  remat: what the backward pass computes again to save memory, of REMAT.
+  remat: see `remat.POLICIES`.
   """
 
   pyramid: Pyramid
@@ -180,10 +176,9 @@ class Generator(nn.Module):
     self.start = self.param('start', normal(std), (self.pyramid.sizes[0], D), jnp.float32)
     if self.shared_adaln:
       self.shared = Dense(6 * D, dtype=self.dtype, kernel_init=normal(std))
-    block = Block if REMAT[self.remat] is None else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
     scanned = nn.scan(
-        block, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth,
-        in_axes=(0, 0, nn.broadcast), out_axes=0)
+        rematerialized(Block, self.remat, prevent_cse=False), variable_axes={'params': 0},
+        split_rngs={'params': True}, length=self.depth, in_axes=(0, 0, nn.broadcast), out_axes=0)
     self.blocks = scanned(
         D, self.heads or self.depth, self.mlp_ratio, self.normalize_qk, self.shared_adaln, std,
         std / math.sqrt(2 * self.depth), self.adaln_scale, self.adaln_gamma, self.pyramid, self.dtype)

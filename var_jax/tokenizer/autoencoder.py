@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from var_jax.remat import rematerialized
+
 
 class Norm(nn.Module):
   """Group norm, computed in float32 and returned in x's dtype, with the channels' common divisor with `groups`."""
@@ -47,6 +49,11 @@ class ResBlock(nn.Module):
     return x_BxHxWxC + h
 
 
+def res_block(remat):
+  """ResBlock, with a policy of `remat.POLICIES`."""
+  return rematerialized(ResBlock, remat, static_argnums=(2,))  # whether it trains is no array
+
+
 class AttnBlock(nn.Module):
   """Single-head self-attention over the positions of a feature map."""
 
@@ -70,13 +77,15 @@ class Middle(nn.Module):
   features: int
   dropout: float = 0.0
   groups: int = 32
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, train=False):
-    x = ResBlock(self.features, self.dropout, self.groups, self.dtype, name='block_1')(x, train)
+    block = res_block(self.remat)
+    x = block(self.features, self.dropout, self.groups, self.dtype, name='block_1')(x, train)
     x = AttnBlock(self.groups, self.dtype, name='attn_1')(x)
-    return ResBlock(self.features, self.dropout, self.groups, self.dtype, name='block_2')(x, train)
+    return block(self.features, self.dropout, self.groups, self.dtype, name='block_2')(x, train)
 
 
 class Encoder(nn.Module):
@@ -88,21 +97,22 @@ class Encoder(nn.Module):
   res_blocks: int = 2
   dropout: float = 0.0
   groups: int = 32
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, train=False):
-    x = conv(self.ch, 3, self.dtype, 'conv_in')(x)
+    x, block = conv(self.ch, 3, self.dtype, 'conv_in')(x), res_block(self.remat)
     last = len(self.ch_mult) - 1
     for level, mult in enumerate(self.ch_mult):
       for i in range(self.res_blocks):
-        x = ResBlock(self.ch * mult, self.dropout, self.groups, self.dtype, name=f'down_{level}_block_{i}')(x, train)
+        x = block(self.ch * mult, self.dropout, self.groups, self.dtype, name=f'down_{level}_block_{i}')(x, train)
         if level == last:
           x = AttnBlock(self.groups, self.dtype, name=f'down_{level}_attn_{i}')(x)
       if level < last:
         # Padding at the right and bottom alone, as the published network.
         x = conv(x.shape[-1], 3, self.dtype, f'down_{level}_conv', strides=2, padding=((0, 1), (0, 1)))(x)
-    x = Middle(x.shape[-1], self.dropout, self.groups, self.dtype, name='mid')(x, train)
+    x = Middle(x.shape[-1], self.dropout, self.groups, self.remat, self.dtype, name='mid')(x, train)
     return conv(self.channels, 3, self.dtype, 'conv_out')(nn.swish(Norm(self.groups, name='norm_out')(x)))
 
 
@@ -114,17 +124,18 @@ class Decoder(nn.Module):
   res_blocks: int = 2
   dropout: float = 0.0
   groups: int = 32
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, train=False):
-    last = len(self.ch_mult) - 1
+    last, block = len(self.ch_mult) - 1, res_block(self.remat)
     x = conv(self.ch * self.ch_mult[-1], 3, self.dtype, 'conv_in')(x)
-    x = Middle(x.shape[-1], self.dropout, self.groups, self.dtype, name='mid')(x, train)
+    x = Middle(x.shape[-1], self.dropout, self.groups, self.remat, self.dtype, name='mid')(x, train)
     for level in reversed(range(len(self.ch_mult))):
       for i in range(self.res_blocks + 1):
         features = self.ch * self.ch_mult[level]
-        x = ResBlock(features, self.dropout, self.groups, self.dtype, name=f'up_{level}_block_{i}')(x, train)
+        x = block(features, self.dropout, self.groups, self.dtype, name=f'up_{level}_block_{i}')(x, train)
         if level == last:
           x = AttnBlock(self.groups, self.dtype, name=f'up_{level}_attn_{i}')(x)
       if level > 0:

@@ -21,7 +21,7 @@ class Reconstruction(NamedTuple):
 class Tokenizer(nn.Module):
   """Multi-scale VQ autoencoder. Images are (B, H, W, 3) in [-1, 1], tokens (B, L) int32, coarse to fine.
 
-  Raises UserError when the pyramid's last scale is not the latent's size. Float32 outputs.
+  Raises UserError when the pyramid's last scale is not the latent's size. Float32 outputs. remat: see `remat.POLICIES`.
   """
 
   pyramid: Pyramid
@@ -36,12 +36,13 @@ class Tokenizer(nn.Module):
   phi_ratio: float = 0.5
   beta: float = 0.25
   normalized_lookup: bool = False
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   def setup(self):
     shared = dict(
         ch=self.ch, ch_mult=self.ch_mult, res_blocks=self.res_blocks, dropout=self.dropout, groups=self.groups,
-        dtype=self.dtype)
+        remat=self.remat, dtype=self.dtype)
     self.encoder = Encoder(channels=self.channels, **shared)
     self.decoder = Decoder(**shared)
     self.quantizer = MultiScaleQuantizer(
