@@ -99,6 +99,7 @@ def test_missing_process_is_told(trained, tmp_path):
   assert not (tmp_path / 'w').exists()
 
 
+@pytest.mark.slow
 def test_process_that_dies_stops_the_others(trained, tmp_path):
   processes = start(2, 1, trained, tmp_path / 'w', '--config.steps=100000', '--config.log_every=1',
                     '--config.eval_every=0')
