@@ -167,6 +167,7 @@ def distance(x, y):
   return ((mean_x - mean_y)**2).sum() + (x**2).sum() + (y**2).sum() - 2 * root
 
 
+@pytest.mark.slow
 def test_statistics_in_place_of_images(weights, sets, tmp_path):
   """As the published reference files have them, with or without images beside."""
   extractor = fid.inception_extractor(weights, 'tf1')
@@ -428,6 +429,7 @@ def test_nearest_training_image_of_a_copy_is_the_original(workdirs):
   assert (tiles[:, 2] != copied).any()
 
 
+@pytest.mark.slow
 def test_samples_are_measured_during_training_and_the_best_model_kept(workdirs, tmp_path):
   """WORKDIR/best is a workdir, of the step with the lowest value so far; a resumed run remembers it."""
   experiment = workdirs[0].parent / 'tiny.py'

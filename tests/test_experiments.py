@@ -1,6 +1,6 @@
 """Every experiment's `runlocal` trains both stages, through the command line, on data of the kind that it is meant for.
 
-Slow: minutes of compiling. `test_commands` reads every config in the fast suite, and smaller networks are trained there.
+Slow: minutes of compiling. `test_commands` reads every config in the fast suite, and trains smaller networks.
 """
 
 import json

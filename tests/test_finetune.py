@@ -57,6 +57,7 @@ def test_run_begins_with_the_other_runs_parameters_and_goes_on_without_it(traine
   assert 'resuming from step 1' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_class_count_and_scales_can_be_trained(trained, tmp_path):
   other = tmp_path / 'tokenizer'
   assert train(trained, 'tokenizer', other, '--config.model.scales=(1,3,4)', f'--config.start_from={trained[1]}') == 0
