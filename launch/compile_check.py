@@ -16,7 +16,6 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # libtpu, where installed, would 
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 
 from var_jax import flops
@@ -93,8 +92,9 @@ def program(config, options, devices):
     mesh_lib.check_batch(config.batch_size, mesh, config.accumulate)
     state = jax.eval_shape(stage.init).replace(frozen=stage.frozen)
     state, B = mesh_lib.placed(state, mesh), config.batch_size
-    batch = {'image': np.broadcast_to(np.float32(0), (B, *stage.image_size, 3)), 'label': np.zeros(B, np.int32)}
-    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh_lib.split(mesh)) for name, x in batch.items()}
+    place = mesh_lib.split(mesh)
+    batch = {'image': jax.ShapeDtypeStruct((B, *stage.image_size, 3), jnp.float32, sharding=place),
+             'label': jax.ShapeDtypeStruct((B,), jnp.int32, sharding=place)}
     stop = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=mesh_lib.per_device(mesh))
     traced = loop.jitted_step(stage, state, mesh).trace(state, batch, stop)
     one = {name: jax.ShapeDtypeStruct((config.accumulate, *x.shape[1:]), x.dtype) for name, x in batch.items()}

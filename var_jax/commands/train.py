@@ -164,8 +164,9 @@ def _check_frozen(config, shapes):
 
   if not config.freeze:
     return
-  frozen = frozen_names(shapes(), config.freeze)
-  if len(frozen) == len(jax.tree.leaves(shapes())):
+  params = shapes()
+  frozen = frozen_names(params, config.freeze)
+  if len(frozen) == len(jax.tree.leaves(params)):
     raise UserError(f'freeze={config.freeze} names every parameter, so there is nothing to train: name fewer')
   if 'quantizer/codebook' in frozen and config.codebook.restart_every:
     raise UserError('freeze names the codebook, which restarts would change: set --config.codebook.restart_every=0')
