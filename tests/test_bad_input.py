@@ -277,9 +277,8 @@ def other_tokenizer(at, target):
   target.mkdir(exist_ok=True)
   shutil.copy(at.tok / 'config.json', target)
   shutil.rmtree(target / 'checkpoints', ignore_errors=True)
-  checkpoints = Checkpoints(target)
-  checkpoints.save_model(4, params, {})
-  checkpoints.close()
+  with Checkpoints(target) as checkpoints:
+    checkpoints.save_model(4, params, {})
   return target
 
 

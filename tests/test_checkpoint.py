@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny_runs import differing, one_device, truncate
 
 from var_jax.errors import UserError
+from var_jax.training import checksums
 from var_jax.training import mesh as mesh_lib
 from var_jax.training.checkpoint import Checkpoints
 from var_jax.training.state import TrainState
@@ -22,22 +25,19 @@ def small_state(step=0, ema=True, frozen=None):
   return state.replace(step=jnp.int32(step), frozen=frozen)
 
 
-def saved(workdir, *steps, keep=5, **options):
-  checkpoints = Checkpoints(workdir, keep)
-  for step in steps:
-    checkpoints.save(small_state(step, **options), {'tokenizer': f'name{step}'})
-  checkpoints.close()
+def saved(workdir, *steps, keep=5, keep_every=0, **options):
+  with Checkpoints(workdir, keep, keep_every) as checkpoints:
+    for step in steps:
+      checkpoints.save(small_state(step, **options), {'tokenizer': f'name{step}'})
+    checkpoints.finish()
 
 
 def restored(workdir, devices=8, **options):
   """(state or None, metadata, what was said)."""
   said, state = [], small_state(**options)
   like = mesh_lib.placed(state, mesh_lib.make_mesh(jax.devices()[:devices])).replace(frozen=state.frozen)
-  checkpoints = Checkpoints(workdir, 5, said.append)
-  try:
+  with Checkpoints(workdir, 5, say=said.append) as checkpoints:
     out = checkpoints.restore(like)
-  finally:
-    checkpoints.close()
   return *(out or (None, None)), said
 
 
@@ -59,17 +59,15 @@ def test_no_checkpoint_is_no_error(tmp_path):
 def test_model_of_a_checkpoint_is_what_evaluation_uses(tmp_path):
   state = small_state(7)
   saved(tmp_path, 7)
-  checkpoints = Checkpoints(tmp_path)
-  params, step, metadata = checkpoints.restore_model(state.params, one_device())
-  checkpoints.close()
+  with Checkpoints(tmp_path) as checkpoints:
+    params, step, metadata = checkpoints.restore_model(state.params, one_device())
   assert differing(params, state.ema) == [] and differing(params, state.params)
   assert step == 7 and metadata['tokenizer'] == 'name7'
 
 
 def test_checkpoint_of_eight_devices_opens_on_one(tmp_path):
-  checkpoints = Checkpoints(tmp_path)
-  checkpoints.save(mesh_lib.put_state(small_state(3), mesh_lib.make_mesh()), {})
-  checkpoints.close()
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(mesh_lib.put_state(small_state(3), mesh_lib.make_mesh()), {})
   state, *_ = restored(tmp_path, devices=1)
   assert differing(state, small_state(3)) == []
   assert {x.sharding.num_devices for x in jax.tree.leaves(state.params)} == {1}
@@ -83,6 +81,55 @@ def test_newest_checkpoints_are_kept(tmp_path):
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['3', '4']
   saved(tmp_path, 4, keep=2)  # once more: nothing to do
   assert differing(restored(tmp_path)[0], small_state(4)) == []
+
+
+def test_checkpoints_at_multiples_stay(tmp_path):
+  saved(tmp_path, 1, 2, 3, 4, 5, 6, keep=1, keep_every=2)
+  assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['2', '4', '6']
+
+
+def test_state_may_be_donated_while_it_is_saved(tmp_path):
+  # The step after a save writes into the state's buffers while orbax still reads them.
+  step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+  state = small_state(3).replace(extra={'idle': jnp.arange(2.0**21)})
+  before = jax.device_get(state)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state, {})
+    for _ in range(20):
+      state = step(state)
+    checkpoints.finish()
+    after = checkpoints.restore(mesh_lib.placed(state, mesh_lib.make_mesh()))[0]
+  assert differing(before, after) == []
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'bool', 'uint32'])
+def test_checksum_tells_every_bit_and_every_place_whatever_the_sharding(dtype):
+  bits = np.random.default_rng(0).integers(0, 256, 8 * 6 * 4, dtype=np.uint8)
+  x = (bits > 127).reshape(-1, 6) if dtype == 'bool' else bits.view(jnp.dtype(dtype)).reshape(-1, 6)
+  whole = checksums.of({'x': x})
+  mesh = mesh_lib.make_mesh(fsdp=2)
+  for spec in (P(), P(('data', 'fsdp')), P(None, 'fsdp')):
+    assert checksums.of({'x': jax.device_put(x, NamedSharding(mesh, spec))}) == whole
+  swapped = x.copy()
+  swapped[[1, 2]] = x[[2, 1]]
+  with pytest.raises(ValueError, match='x is not what was saved'):
+    checksums.check({'x': swapped}, whole)
+  if dtype != 'bool':
+    for place in range(8 * x.itemsize):
+      flipped = x.copy()
+      flipped.view(np.uint8).reshape(-1)[17 * x.itemsize + place // 8] ^= 1 << place % 8
+      assert checksums.of({'x': flipped}) != whole
+
+
+def test_values_that_changed_after_they_were_saved_are_found(tmp_path, monkeypatch):
+  # A flipped bit that leaves the files' own structure whole: here the sums are those of other values.
+  saved(tmp_path, 2)
+  right = checksums.of
+  with monkeypatch.context() as other:
+    other.setattr(checksums, 'of', lambda tree: {name: value ^ 1 for name, value in right(tree).items()})
+    saved(tmp_path, 4)
+  state, _, said = restored(tmp_path)
+  assert state.step == 2 and 'checkpoint 4' in said[0] and 'is not what was saved' in said[0]
 
 
 def flip_values(folder):
@@ -118,9 +165,8 @@ def test_unreadable_checkpoint_is_passed_over_and_said(tmp_path, damage):
   if damage is not empty:
     assert 'checkpoint 4' in said[0] and 'cannot be read' in said[0] and 'using checkpoint 2' in said[1]
   assert all('\n' not in line for line in said)
-  checkpoints = Checkpoints(tmp_path, say=said.append)
-  params, step, _ = checkpoints.restore_model(small_state().params, one_device())
-  checkpoints.close()
+  with Checkpoints(tmp_path, say=said.append) as checkpoints:
+    params, step, _ = checkpoints.restore_model(small_state().params, one_device())
   assert step == 2 and differing(params, small_state(2).ema) == []
 
 
@@ -128,10 +174,9 @@ def test_unreadable_checkpoint_is_passed_over_and_said(tmp_path, damage):
 def test_unreadable_checkpoint_is_replaced_when_its_step_comes_again(tmp_path, damage):
   saved(tmp_path, 2, 4)
   damage(tmp_path / 'checkpoints' / '4')
-  checkpoints = Checkpoints(tmp_path, say=lambda text: None)
-  checkpoints.restore(mesh_lib.placed(small_state(), mesh_lib.make_mesh()))
-  checkpoints.save(small_state(4), {'tokenizer': 'again'})
-  checkpoints.close()
+  with Checkpoints(tmp_path, say=lambda text: None) as checkpoints:
+    checkpoints.restore(mesh_lib.placed(small_state(), mesh_lib.make_mesh()))
+    checkpoints.save(small_state(4), {'tokenizer': 'again'})
   state, metadata, said = restored(tmp_path)
   assert differing(state, small_state(4)) == [] and metadata['tokenizer'] == 'again' and said == []
 
@@ -162,7 +207,5 @@ def test_stray_files_and_half_written_folders_are_no_checkpoints(tmp_path):
 
 def test_checkpoint_with_other_shapes_is_not_taken_for_this_model(tmp_path):
   saved(tmp_path, 2)
-  checkpoints = Checkpoints(tmp_path, say=lambda text: None)
-  with pytest.raises(UserError):
+  with Checkpoints(tmp_path, say=lambda text: None) as checkpoints, pytest.raises(UserError):
     checkpoints.restore_model({'w': jnp.zeros(9), 'deep': {'b': jnp.zeros((2, 3))}}, one_device())
-  checkpoints.close()

@@ -123,9 +123,8 @@ def test_run_stops_after_too_many_steps_without_finite_gradients(tmp_path):
   with pytest.raises(UserError, match=r'3 steps in a row.*not finite.*checkpoint is step 4') as error:
     train_line(Line(100, breaks=4), tmp_path, max_skipped_in_row=3, log_every=1000)
   assert '\n' not in str(error.value)
-  checkpoints = Checkpoints(tmp_path)
-  assert max(checkpoints.steps()) == 4  # nothing was saved after it
-  checkpoints.close()
+  with Checkpoints(tmp_path) as checkpoints:
+    assert max(checkpoints.steps()) == 4  # nothing was saved after it
 
 
 def test_finite_steps_in_between_reset_the_count(tmp_path):

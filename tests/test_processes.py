@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_runs import ROOT, metrics_of, train_both
 
 from var_jax.__main__ import main
+from var_jax.training.processes import LOST
 
 STEPS = ['--config.steps=8', '--config.eval_every=4', '--config.pictures_every=8', '--config.checkpoint_every=4']
 
@@ -95,7 +96,7 @@ def test_signal_to_one_process_stops_and_saves_all(trained, alone, tmp_path):
 
 def test_missing_process_is_told(trained, tmp_path):
   (status, errors), = finish(start(2, 1, trained, tmp_path / 'w', '--join_timeout=5', only=[0]), timeout=120)
-  assert status == 2 and 'did not all join within 5 seconds' in errors and 'Traceback' not in errors
+  assert status == LOST and 'did not all join within 5 seconds' in errors and 'Traceback' not in errors
   assert not (tmp_path / 'w').exists()
 
 
@@ -108,7 +109,7 @@ def test_process_that_dies_stops_the_others(trained, tmp_path):
     time.sleep(0.1)
   processes[1].kill()
   status, errors = finish(processes, timeout=150)[0]
-  assert status == 2 and 'error: ' in errors and 'Traceback' not in errors, errors
+  assert status == LOST and 'error: ' in errors and 'Traceback' not in errors, errors
 
 
 def test_nonsense_is_refused(capsys, trained, tmp_path):

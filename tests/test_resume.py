@@ -27,6 +27,8 @@ from var_jax.training import loop
 from var_jax.training import mesh as mesh_lib
 from var_jax.training.checkpoint import Checkpoints
 
+STEPS = 80  # of a run that is killed: the last of three signals has to come before its end
+
 
 class Crash(Exception):
   """The machine went away."""
@@ -38,6 +40,7 @@ class CrashingCheckpoints(Checkpoints):
   def save(self, state, metadata):
     super().save(state, metadata)
     if int(state.step) == 4:
+      self.finish()
       raise Crash
 
 
@@ -53,12 +56,10 @@ def test_resumed_run_equals_straight_run(kind, tmp_path, monkeypatch):
   monkeypatch.setattr(jax, 'devices', lambda *_: first)  # eight would take longer to save, and prove no more
 
   def run(workdir, kind_of_checkpoints=Checkpoints):
-    checkpoints, said = kind_of_checkpoints(workdir), []
-    try:
+    said = []
+    with kind_of_checkpoints(workdir) as checkpoints:
       state = loop.train(stage, tiny_config(kind, **changes), *sources, checkpoints, workdir, say=said.append)
       return jax.device_get(state), said
-    finally:
-      checkpoints.close()
 
   straight, said = run(tmp_path / 'a')
   assert said == []
@@ -103,7 +104,8 @@ def start(experiment):
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     processes.append(subprocess.Popen(
         [sys.executable, '-m', 'var_jax', 'train', f'--config={experiment}:tokenizer', f'--workdir={workdir}',
-         '--config.steps=40', '--config.checkpoint_every=10'], stderr=subprocess.PIPE, text=True, env=environment))
+         f'--config.steps={STEPS}', '--config.checkpoint_every=10'],
+        stderr=subprocess.PIPE, text=True, env=environment))
     return processes[-1]
 
   yield start
@@ -117,10 +119,10 @@ def saved_steps(workdir):
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
 
 
-def stop_after(process, workdir, step, number):
-  """(exit status, stderr) of a process that gets a signal once it has saved a step."""
-  until = time.monotonic() + 120
-  while max(saved_steps(workdir), default=0) < step and process.poll() is None and time.monotonic() < until:
+def stop_after_save(process, workdir, number):
+  """(exit status, stderr) of a process that gets a signal once it has saved another step."""
+  before, until = saved_steps(workdir), time.monotonic() + 120
+  while saved_steps(workdir)[-1:] == before[-1:] and process.poll() is None and time.monotonic() < until:
     time.sleep(0.005)
   process.send_signal(number)
   errors = process.communicate(timeout=60)[1]
@@ -129,27 +131,27 @@ def stop_after(process, workdir, step, number):
 
 def state_of(workdir):
   """The final state in a workdir."""
-  checkpoints = Checkpoints(workdir)
   stage = _stage('tokenizer', ())
-  state, _ = checkpoints.restore(mesh_lib.placed(jax.eval_shape(stage.init), mesh_lib.make_mesh(jax.devices()[:1])))
-  checkpoints.close()
-  return state
+  with Checkpoints(workdir) as checkpoints:
+    return checkpoints.restore(
+        mesh_lib.placed(jax.eval_shape(stage.init), mesh_lib.make_mesh(jax.devices()[:1])))[0]
 
 
 def test_killed_run_equals_straight_run(start, tmp_path):
   straight, killed = tmp_path / 'straight', tmp_path / 'killed'
   errors = start(straight).communicate(timeout=180)[1]
-  assert saved_steps(straight)[-1] == 40, errors
-  status, errors = stop_after(start(killed), killed, 10, signal.SIGKILL)
-  assert status == -signal.SIGKILL and 10 in saved_steps(killed), errors
-  for number, step, expected in ((signal.SIGTERM, 20, 143), (signal.SIGINT, 30, 130)):
-    status, errors = stop_after(start(killed), killed, step, number)
+  assert saved_steps(straight)[-1] == STEPS, errors
+  status, errors = stop_after_save(start(killed), killed, signal.SIGKILL)
+  assert status == -signal.SIGKILL and saved_steps(killed), errors
+  for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    before = saved_steps(killed)[-1]
+    status, errors = stop_after_save(start(killed), killed, number)
     assert status == expected, errors
     stopped = int(re.search(r'stopped at step (\d+) and saved; the same command goes on from there', errors)[1])
-    assert step <= stopped < 40 and saved_steps(killed)[-1] == stopped and 'Traceback' not in errors
+    assert before < stopped < STEPS and saved_steps(killed)[-1] == stopped and 'Traceback' not in errors
   errors = start(killed).communicate(timeout=180)[1]
-  assert f'resuming from step {stopped} of 40' in errors and f'trained to step 40: {killed}' in errors
-  assert run_losses(killed) == run_losses(straight) and len(run_losses(straight)) == 40
+  assert f'resuming from step {stopped} of {STEPS}' in errors and f'trained to step {STEPS}: {killed}' in errors
+  assert run_losses(killed) == run_losses(straight) and len(run_losses(straight)) == STEPS
   assert differing(state_of(killed), state_of(straight)) == []
 
 

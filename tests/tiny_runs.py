@@ -187,11 +187,9 @@ def numbers(count=32):
 
 def train_line(stage, workdir, checkpoints=None, **changes):
   config = tiny_config('tokenizer', **changes)
-  checkpoints, said = checkpoints or Checkpoints(workdir, config.keep), []
-  try:
+  said = []
+  with checkpoints or Checkpoints(workdir, config.keep) as checkpoints:
     state = loop.train(stage, config, numbers(), numbers(20), checkpoints, workdir, say=said.append)
-  finally:
-    checkpoints.close()
   return jax.device_get(state), said
 
 

@@ -1,7 +1,11 @@
 """Every setting of a run with its default, in one place. An experiment names only what deviates from these.
 
-Used by `experiments/*.py`, whose `get_config(argument)` gets what follows the colon in `FILE.py:generator,depth=16`.
+Used by `experiments/*.py`, whose `get_config(argument)` gets what follows the colon in `FILE.py:generator,depth=16`,
+and whose `sweep()`, where there is one, lists the points of `launch/sweep.py`: [{setting: value}, ...], or
+{name: {setting: value}} to name them.
 """
+
+import itertools
 
 import ml_collections
 
@@ -36,6 +40,7 @@ def _common(stage):
       pictures_every=1000,
       checkpoint_every=1000,
       keep=2,                # newest checkpoints to keep
+      keep_every=0,          # steps: checkpoints at its multiples stay as well; 0 for none
       best='',               # keep the model of the lowest 'validation/loss' (or other scalar) in WORKDIR/best as well;
                              # '-' before the name for the highest
       optimizer=dict(
@@ -142,6 +147,16 @@ def parse_argument(argument, **options):
     except ValueError:
       raise UserError(f'option {name}={text!r} must be of type {kind.__name__}') from None
   return stage, values
+
+
+def grid(axes):
+  """{setting: values} -> the points of all combinations, the last setting changing fastest."""
+  return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+def zipped(axes):
+  """{setting: values} -> points that take the first values, the second ones, and so on."""
+  return [dict(zip(axes, values)) for values in zip(*axes.values(), strict=True)]
 
 
 def run_locally(config, **changes):

@@ -24,9 +24,9 @@ from var_jax.training import processes
 from var_jax.training.checkpoint import Checkpoints
 
 RUN_ONLY = (  # free to change when a run is resumed
-    'log_every', 'eval_every', 'eval_images', 'pictures_every', 'checkpoint_every', 'keep', 'best', 'steps', 'epochs',
-    'max_skipped_in_row', 'measure.every', 'measure.per_class', 'measure.inception', 'measure.resize', 'data.workers',
-    'data.path', 'tokenizer', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'remat')
+    'log_every', 'eval_every', 'eval_images', 'pictures_every', 'checkpoint_every', 'keep', 'keep_every', 'best',
+    'steps', 'epochs', 'max_skipped_in_row', 'measure.every', 'measure.per_class', 'measure.inception',
+    'measure.resize', 'data.workers', 'data.path', 'tokenizer', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'remat')
 
 
 def fingerprint(params):
@@ -211,13 +211,9 @@ def _load_params(workdir, shapes, say, raw, check=lambda metadata: None):
   """Parameters of the newest readable checkpoint. check: is called with what was stored beside them."""
   if not (pathlib.Path(workdir) / 'checkpoints').is_dir():
     raise UserError(f'{workdir} has no checkpoint yet: train it first, or wait for its first one')
-  checkpoints = Checkpoints(workdir, say=say)
-  try:
+  with Checkpoints(workdir, say=say) as checkpoints:
     check(checkpoints.newest_metadata())
-    params, _, _ = checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), raw)
-  finally:
-    checkpoints.close()
-  return params
+    return checkpoints.restore_model(shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), raw)[0]
 
 
 def _begins(workdir, config):
@@ -271,22 +267,16 @@ def keep_tokenizer(workdir, place, params):
   copy = pathlib.Path(workdir) / 'tokenizer'
   if copy == place:
     return
-  checkpoints = Checkpoints(copy)
-  try:
+  with Checkpoints(copy) as checkpoints:
     checkpoints.save_model(0, jax.device_get(params), {})
-  finally:
-    checkpoints.close()
   write_config(copy, read_config(place))
 
 
 def keep_best(workdir, config, metadata, params, step):
   """Keeps a model in `WORKDIR/best`, a workdir of its own without what only training needs."""
   best, tokenizer = pathlib.Path(workdir) / 'best', pathlib.Path(workdir) / 'tokenizer'
-  checkpoints = Checkpoints(best, keep=1)
-  try:
+  with Checkpoints(best, keep=1) as checkpoints:
     checkpoints.save_model(step, params, metadata)
-  finally:
-    checkpoints.close()
   if processes.is_first() and tokenizer.exists() and not (best / 'tokenizer').exists():
     shutil.copytree(tokenizer, best / 'tokenizer')
   write_config(best, config)

@@ -53,20 +53,18 @@ def _train(stage, config, sources, workdir, keep_tokenizer, changed):
   from var_jax.training import loop
   from var_jax.training.checkpoint import Checkpoints
 
-  checkpoints = Checkpoints(workdir, config.keep, clean=True)
-  try:
+  with Checkpoints(workdir, config.keep, config.keep_every, clean=True) as checkpoints:
     stage.check_metadata(checkpoints.newest_metadata())
     workdir_lib.write_config(workdir, config)
     keep_tokenizer()
     for change in changed:
       note(change)
     keep = functools.partial(workdir_lib.keep_best, workdir, config, stage.metadata)
-    loop.train(stage, config, *sources, checkpoints, workdir, measure=measure(stage, config, workdir), keep=keep)
-  except loop.Interrupted as stop:
-    note(str(stop))
-    return 128 + stop.signal_number
-  finally:
-    checkpoints.close()
+    try:
+      loop.train(stage, config, *sources, checkpoints, workdir, measure=measure(stage, config, workdir), keep=keep)
+    except loop.Interrupted as stop:
+      note(str(stop))
+      return 128 + stop.signal_number
   if processes.is_first():
     note(f'trained to step {stage.steps}: {workdir}')
   return 0
@@ -75,7 +73,8 @@ def _train(stage, config, sources, workdir, keep_tokenizer, changed):
 LIMITS = {  # setting: (least, most) of what a run can use
     'model.depth': (1, None),
     'seed': (0, 2**32 - 1), 'batch_size': (1, None), 'accumulate': (1, None), 'steps': (0, None), 'epochs': (0, None),
-    'ema': (0, 0.9999999), 'keep': (1, None), 'max_skipped_in_row': (1, None), 'log_every': (0, None),
+    'ema': (0, 0.9999999), 'keep': (1, None), 'keep_every': (0, None),
+    'max_skipped_in_row': (1, None), 'log_every': (0, None),
     'eval_every': (0, None), 'eval_images': (0, None), 'pictures_every': (0, None), 'checkpoint_every': (0, None),
     'data.enlarge': (1, None), 'data.workers': (0, None), 'optimizer.warmup': (0, 1), 'label_drop': (0, 1),
     'label_smoothing': (0, 1), 'drop_path': (0, 0.99), 'codebook.scale_dropout': (0, 1),

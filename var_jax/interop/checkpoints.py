@@ -73,11 +73,8 @@ def _write_both(workdir, tokenizer_file, generator_file, patch_nums, heads):
 
 
 def _write(workdir, config, params, metadata):
-  checkpoints = Checkpoints(workdir)
-  try:
+  with Checkpoints(workdir) as checkpoints:
     checkpoints.save_model(0, params, metadata)
-  finally:
-    checkpoints.close()
   workdir_lib.write_config(workdir, config)
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: `WORKDIR/checkpoints/STEP`, each with `model` (what inference needs) and `training` (all the rest).
 
-The only file that speaks to orbax. A checkpoint appears under its final name once it is complete; the data's position
-is the step itself, since batch n depends on the seed and n alone.
+The only file that speaks to orbax. A checkpoint appears under its final name once it is complete, and carries a
+checksum of every array; the data's position is the step itself, since batch n depends on the seed and n alone.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from var_jax.errors import UserError, note
+from var_jax.training import checksums
 
 
 def _parts(state):
@@ -38,34 +39,59 @@ def _check_shapes(stored, wanted):
 
 
 @contextlib.contextmanager
-def _quiet():
+def _no_logs():
   """Silences orbax and absl, whose notes about asynchronous internals would drown our own."""
   loggers = [logging.getLogger(name) for name in ('absl', 'orbax', 'asyncio')]
   levels = [logger.level for logger in loggers]
   try:
     for logger in loggers:
       logger.setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore')
-      yield
+    yield
   finally:
     for logger, level in zip(loggers, levels):
       logger.setLevel(level)
 
 
-class Checkpoints:
-  """The checkpoints of one workdir. `say` receives one-line notes for the user; clean: remove half-written ones."""
+@contextlib.contextmanager
+def _quiet():
+  """Silences their warnings as well."""
+  with _no_logs(), warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    yield
 
-  def __init__(self, workdir, keep=2, say=note, clean=False):
+
+class Checkpoints:
+  """The checkpoints of one workdir, to be used in a `with`, which waits for the last save.
+
+  keep: so many of the newest stay; keep_every: as do those of each multiple of so many steps (0: none); say: receives
+  one-line notes for the user; clean: remove half-written ones.
+  """
+
+  def __init__(self, workdir, keep=2, keep_every=0, say=note, clean=False):
     self.folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self.say = say
     self._unreadable = set()
-    policy = ocp.training.preservation_policies.LatestN(keep)
+    self._silence = _no_logs()
+    self._saving = None  # the step of a save that may be under way
+    policies = ocp.training.preservation_policies
+    policy = policies.LatestN(keep)
+    if keep_every:
+      policy = policies.AnyPreservationPolicy([policy, policies.EveryNSteps(keep_every)])
     try:
       with _quiet():
         self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policy, cleanup_tmp_directories=clean)
     except OSError as error:
       raise UserError(f'cannot write to {workdir} ({error.strerror}): choose another --workdir') from None
+
+  def __enter__(self):
+    self._silence.__enter__()  # what is written in the background is to be silent too
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    if kind is None or jax.process_count() == 1:  # else others may be gone, for which orbax would wait minutes
+      with contextlib.suppress(Exception), _quiet():  # errors of a save are raised by `finish`
+        self._orbax.close()
+    self._silence.__exit__(None, None, None)
 
   def steps(self):
     """Steps with a complete checkpoint, oldest first."""
@@ -73,10 +99,12 @@ class Checkpoints:
       return sorted(c.step for c in self._orbax.checkpoints)
 
   def save(self, state, metadata):
-    """Saves the state under its step, unless that is there already. Raises UserError when the disk is full.
+    """Saves the state under its step, unless that is there already; returns once the state may be changed.
 
-    metadata: JSON-like, stored beside it. What was saved before stays until the new one is complete.
+    The files are written in the background. Raises UserError when the save before this one failed; `finish` waits for
+    the last. metadata: JSON-like, stored beside it. What was saved before stays until the new one is complete.
     """
+    self.finish()
     step = int(state.step)
     if step in self.steps() and step not in self._unreadable:
       return
@@ -84,17 +112,34 @@ class Checkpoints:
     self._write(step, {'model': model, 'training': rest}, metadata)
 
   def save_model(self, step, model, metadata):
-    """Saves parameters alone, for inference."""
+    """Saves parameters alone, for inference; returns when they are saved."""
     self._write(step, {'model': model}, metadata)
+    self.finish()
 
   def _write(self, step, items, metadata):
     context = ocp.Context()
-    context.memory.deepcopy_host_arrays = False  # the save is over before anybody could change them
+    context.memory.deepcopy_host_arrays = False  # nobody changes them: jax donates no buffer that is being read
+    metadata = metadata | {'checksums': checksums.of(items)}
+    self._saving = step
+    with self._saving_may_fail(), context:
+      self._orbax.save_checkpointables_async(step, items, custom_metadata=metadata, force=True, overwrite=True)
+
+  def finish(self):
+    """Waits for the save under way, if any. Raises UserError when it failed, such as for a full disk."""
+    if self._saving is not None:
+      with self._saving_may_fail():
+        self._orbax.wait()
+      self._unreadable.discard(self._saving)
+      self._saving = None
+
+  @contextlib.contextmanager
+  def _saving_may_fail(self):
+    step = self._saving
     try:
-      with context, _quiet():
-        self._orbax.save_checkpointables(step, items, custom_metadata=metadata, force=True, overwrite=True)
-      self._unreadable.discard(step)
+      with _quiet():
+        yield
     except Exception as error:  # orbax reports a full disk as OSError, ValueError or its own errors
+      self._saving = None
       good = [s for s in self.steps() if s != step]
       reason = _first_line(error)
       raise UserError(
@@ -131,7 +176,9 @@ class Checkpoints:
     context.pytree.loading.partial_load = True
     try:
       with context, _quiet():
-        return ocp.load(self.folder / str(step), {'params': like}, checkpointable_name='training')['params']
+        params = ocp.load(self.folder / str(step), {'params': like}, checkpointable_name='training')
+        checksums.check({'training': params}, self._stored(step)[1])
+        return params['params']
     except Exception as error:  # whatever a missing part makes orbax raise
       raise UserError(f'checkpoint {step} in {self.folder} keeps no raw parameters beside their average: '
                       'leave --raw out') from error
@@ -141,12 +188,13 @@ class Checkpoints:
     for step in reversed(steps):
       try:
         with _quiet():
-          stored = self._orbax.checkpointables_metadata(step)
-          _check_shapes(stored.metadata['model'], wanted['model'])
-          items, metadata = self._orbax.load_checkpointables(step, wanted), stored.custom_metadata
+          shapes, sums, metadata = self._stored(step)
+          _check_shapes(shapes, wanted['model'])
+          items = self._orbax.load_checkpointables(step, wanted)
+          checksums.check(items, sums)
         if reasons:
           self.say(f'using checkpoint {step} instead')
-        return items, step, metadata or {}
+        return items, step, metadata
       except Exception as error:  # whatever a damaged file makes orbax raise
         reasons.append(_first_line(error))
       with _quiet():
@@ -159,18 +207,18 @@ class Checkpoints:
         f'none of the checkpoints {steps} in {self.folder} can be read ({reasons[0]}): '
         'restore them from a copy, or move that folder away to start again')
 
+  def _stored(self, step):
+    """(shapes of the model, checksums, metadata) of a checkpoint."""
+    stored = self._orbax.checkpointables_metadata(step)
+    metadata = dict(stored.custom_metadata or {})
+    return stored.metadata['model'], metadata.pop('checksums', {}), metadata
+
   def newest_metadata(self):
     """The metadata of the newest checkpoint that has some to read, None when there is none."""
     for step in reversed(self.steps()):
       with contextlib.suppress(Exception), _quiet():  # a damaged one: `restore` says so
-        if metadata := self._orbax.checkpointables_metadata(step).custom_metadata:
-          return metadata
+        return self._stored(step)[2]
     return None
-
-  def close(self):
-    """Ends orbax's threads. Errors of a save have been raised by then."""
-    with contextlib.suppress(Exception), _quiet():
-      self._orbax.close()
 
 
 def save_params(folder, params):

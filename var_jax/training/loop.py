@@ -123,6 +123,7 @@ def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar
     if several and (number := int(pending['stop'])):
       asked = [number]
     if int(pending['skipped_in_row']) >= config.max_skipped_in_row:
+      checkpoints.finish()
       raise UserError(
           f'{config.max_skipped_in_row} steps in a row up to step {step} had gradients that are not finite: lower '
           f'optimizer.peak_lr or use float32; the last checkpoint is step {(checkpoints.steps() or [0])[-1]}')
@@ -139,12 +140,16 @@ def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar
     evaluate.at(state, step, due)
     if due(config.checkpoint_every) or last or asked:
       checkpoints.save(state, stage.metadata)
+    if asked or last:
+      checkpoints.finish()
     if asked and not last:
       raise Interrupted(asked[0], step)
     if last:
       return state
     batch = mesh_lib.put_batch(next(batches), mesh)
     state, metrics = train_step(state, batch, mesh_lib.put_number(stop[0] if stop else 0, mesh))
+    if several and not asked and processes.preempted(step + 1):
+      asked = [signal.SIGTERM]
     fetch()
     if pending is not None:
       rate = (step - start) * config.batch_size / bar.format_dict['elapsed']

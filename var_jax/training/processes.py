@@ -12,6 +12,8 @@ from jax.experimental import multihost_utils
 
 from var_jax.errors import UserError
 
+LOST = 75  # exit status when another process is missing: "try again", as in sysexits.h; nothing is wrong with the input
+
 
 def join(how, timeout=300):
   """Joins the other processes of a run. Before anything else touches a device.
@@ -60,7 +62,7 @@ def together():
       raise
     line = ' '.join(str(error).split())[:300]
     if isinstance(error, UserError):
-      leave(line)
+      leave(line, 2)
     if isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in line:
       leave('another process died, or the network between them: start all again, they go on from what is saved '
             f'({line})')
@@ -68,10 +70,10 @@ def together():
     os._exit(1)
 
 
-def leave(message):
-  """Ends this process at once, with exit status 2."""
+def leave(message, status=LOST):
+  """Ends this process at once."""
   print(f'error: {message}', file=sys.stderr, flush=True)
-  os._exit(2)
+  os._exit(status)
 
 
 def is_first():
@@ -83,6 +85,14 @@ def wait(name):
   """Until all processes are here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def preempted(step):
+  """Whether the machines are to be taken away, as told to jax by another way than SIGTERM: the same on all processes.
+
+  Each of several processes asks at every step.
+  """
+  return multihost_utils.reached_preemption_sync_point(step)
 
 
 def from_first(number):
