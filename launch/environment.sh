@@ -1,11 +1,36 @@
-# Sourced by the scripts that start from a fresh clone, from the repository's top folder.
+# Sourced by the other scripts, from the repository's top folder.
+
+error() { # bad input
+  echo "error: $*" >&2
+  exit 2
+}
+
+# show_help SCRIPT: prints the comment that it begins with.
+show_help() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$1"
+  exit
+}
+
+# run COMMAND...: runs it, or prints it where `dry_run` is set: by descriptor 3, to be seen where output is captured.
+exec 3>&1
+run() {
+  if [ -z "$dry_run" ]; then
+    "$@"
+    return
+  fi
+  local word line=
+  for word; do
+    [[ $word =~ ^[a-zA-Z0-9_./:=,@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+="$word "
+  done
+  echo "${line% }" >&3
+}
 
 # install_var_jax WHAT: makes .venv when missing and installs WHAT ('.' or '.[extra]') into it, unless that was done.
 install_var_jax() {
   local python=${PYTHON:-python3}
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "error: $python is missing or older than 3.11: install Python 3.11 or newer, or set PYTHON=/path/to/it" >&2
-    exit 2
+    error "$python is missing or older than 3.11: install Python 3.11 or newer, or set PYTHON=/path/to/it"
   fi
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   if [ "$(cat ".venv/installed $1" 2>/dev/null)" != "$(cksum setup.py)" ]; then

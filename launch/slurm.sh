@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Trains on GPU nodes under Slurm: installs var_jax into .venv and submits one job, with one process for each GPU: so
+# jax counts, it gives process i of a node the node's GPU i. Run it on a login node, from a clone on storage that all
+# nodes see. Before the time limit the processes are told to stop, save the same step, and the job queues itself again
+# and goes on from there, until the training is done; likewise when it is preempted or a node fails. scancel ends it.
+#
+#   bash launch/slurm.sh --nodes=N --gpus=N [FLAGS] -- --config=FILE.py:STAGE --workdir=DIR [...]
+#
+#   --nodes=N            how many nodes
+#   --gpus=N             GPUs of each node
+#   --cpus=N             CPU cores for each GPU, which read images (default 8)
+#   --time=LIMIT         of one run of the job, as sbatch takes it (default 24:00:00)
+#   --grace=SECONDS      to save before the time limit (default 120)
+#   --partition=P --account=A --qos=Q --name=N    as sbatch takes them (the name is var_jax by default)
+#   --dry_run            prints the commands, the batch script within, and runs none
+#
+# What stands after `--` goes to `python -m var_jax train`. The workdir has to be on storage that all nodes see; the log
+# is WORKDIR/slurm-JOB.log. PYTHON=/path/to/python3.11 where python3 is older.
+# Exit status: 0 when submitted, 2 for bad input, else sbatch's.
+#
+# example:
+#   bash launch/slurm.sh --nodes=4 --gpus=8 --partition=gpu -- --config=experiments/imagenet256.py:generator,depth=16 \
+#     --workdir=runs/d16 --config.data.path=/data/imagenet2012/5.1.0 --config.tokenizer=runs/tokenizer
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+
+positive() {
+  [[ ${1#*=} =~ ^[1-9][0-9]{0,4}$ ]] || error "$1 is not a whole number of 1 or more: write one, such as ${1%%=*}=8"
+  echo "${1#*=}"
+}
+
+nodes='' gpus='' cpus=8 time=24:00:00 grace=120 name=var_jax dry_run='' options=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  case $1 in
+    --help|-h) show_help launch/slurm.sh ;;
+    --nodes=*) nodes=$(positive "$1") ;;
+    --gpus=*) gpus=$(positive "$1") ;;
+    --cpus=*) cpus=$(positive "$1") ;;
+    --grace=*) grace=$(positive "$1") ;;
+    --time=*) time=${1#*=}
+      [[ $time =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || error "$1 is no time limit: write it as --time=24:00:00" ;;
+    --name=?*) name=${1#*=} ;;
+    --partition=?*|--account=?*|--qos=?*) options+=("$1") ;;
+    --dry_run) dry_run=1 ;;
+    *) error "there is no flag $1, or its value is missing: see \`bash launch/slurm.sh --help\`; the arguments of" \
+         'training stand after --' ;;
+  esac
+  shift
+done
+[ -n "$nodes" ] && [ -n "$gpus" ] || error '--nodes or --gpus is missing: give both'
+[ $# -gt 1 ] || error 'the arguments of training are missing: write -- --config=FILE.py:STAGE --workdir=DIR'
+shift
+config='' workdir=''
+for argument; do
+  case $argument in
+    --config=?*) config=$argument ;;
+    --workdir=?*) workdir=${argument#*=} ;;
+    --distributed*) error "$argument is set by this script: leave it out" ;;
+  esac
+done
+[ -n "$config" ] || error 'the config is missing: write --config=FILE.py:STAGE after --'
+[ -n "$workdir" ] || error 'the workdir is missing: write --workdir=DIR after --, on storage that all nodes see'
+[[ $workdir != *://* ]] || error "--workdir=$workdir is no path: give one on storage that all nodes see"
+
+# Quoted for sh, which runs the batch script.
+training=
+for argument; do
+  [[ $argument =~ ^[a-zA-Z0-9_./:=,@%+-]+$ ]] || argument="'${argument//\'/\'\\\'\'}'"
+  training+=" $argument"
+done
+
+# SIGTERM reaches the training by --signal, which without B: means the job's steps and not this script, or by scancel
+# and preemption, which mean both: the trap lets the script wait for srun. All processes save before they end, so the
+# first to end must not make Slurm kill the others. A job that was cancelled is no longer RUNNING and stays cancelled.
+# 75: a process was lost, and the others with it.
+batch=". launch/environment.sh
+trap : TERM
+srun --kill-on-bad-exit=0 --gpu-bind=none --cpus-per-task=$cpus \
+  .venv/bin/python -m var_jax train --distributed=auto$training
+status=\$?
+echo \"training ended with exit status \$status\"
+case \$status in
+  143|75) ! scontrol show job \$SLURM_JOB_ID | grep -q JobState=RUNNING || scontrol requeue \$SLURM_JOB_ID ;;
+esac
+exit \$status"
+
+run install_var_jax '.[cuda,tfds]'
+run mkdir -p "$workdir"
+run sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
+  --cpus-per-task="$cpus" --time="$time" --signal="TERM@$grace" --requeue --open-mode=append \
+  --output="$workdir/slurm-%j.log" "${options[@]}" --wrap="$batch"
