@@ -20,6 +20,11 @@ def get_config(argument='tokenizer'):
   return configs.run_locally(config) if options['runlocal'] else config
 
 
+def sweep():
+  """Of the generator: how fast to learn, and how often to hide the class."""
+  return configs.grid({'optimizer.peak_lr': (5e-4, 1e-3, 2e-3), 'label_drop': (0.1, 0.3)})
+
+
 def _tokenizer():
   config = configs.tokenizer()
   config.update(image_size=(16, 16), batch_size=64, steps=600, ema=0.99)

@@ -47,7 +47,7 @@ CHIPS = {  # as published by the maker; v4 with both cores as one device
 
 
 def main(arguments):
-  parser = flags.Parser('compile_check', __doc__, 'python launch/compile_check.py '
+  parser = flags.Parser('launch/compile_check.py', __doc__, 'python launch/compile_check.py '
                         '--config=experiments/imagenet256.py:generator,depth=16 --topology=v5e:16x16')
   parser.add_argument('--config', required=True, metavar='FILE.py[:ARG]', help='as for training')
   parser.add_argument('--topology', default='v5e:4x4', metavar='CHIP:SHAPE', help='such as v5e:16x16, v4:2x2x4')

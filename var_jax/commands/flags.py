@@ -15,7 +15,8 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(self, verb, description, example):
     super().__init__(
-        prog=f'var-jax {verb}', description=description, epilog=f'example:\n  {example}', allow_abbrev=False,
+        prog=f'python {verb}' if verb.endswith('.py') else f'var-jax {verb}', description=description,
+        epilog=f'example:\n  {example}', allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
 
   def parse_known_args(self, arguments=None, namespace=None):
