@@ -87,9 +87,9 @@ def points_of(config, workdir, overrides):
     named = dict(listed) if isinstance(listed, dict) else {name_of(settings): settings for settings in listed}
     named = {str(name).replace('/', '_'): dict(settings) for name, settings in named.items()}
   except Exception as error:  # an experiment is code, and may fail in any way
-    raise UserError(f'sweep() in {file} fails with {type(error).__name__}: {error}: see experiments/digits.py') from error
+    raise UserError(f'sweep() in {file} fails with {type(error).__name__}: {error}: mend it') from error
   if not named or len(named) < len(listed):
-    raise UserError(f'sweep() in {file} lists no points, or two of one name: give names, as in {{"slow": {{"seed": 1}}}}')
+    raise UserError(f'sweep() in {file} lists no points, or two of one name: name them: {{"slow": {{"seed": 1}}}}')
   points = []
   for name, settings in named.items():
     own = [*overrides, *(f'--config.{setting}={value}' for setting, value in settings.items())]

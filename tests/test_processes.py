@@ -1,6 +1,8 @@
 """Several processes on this machine: they compute what one does, stop together, and say when one is missing."""
 
+import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -9,8 +11,9 @@ import time
 
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from PIL import Image
-from tiny_runs import ROOT, metrics_of, train_both
+from tiny_runs import ROOT, differing, metrics_of, train_both
 
 from var_jax.__main__ import main
 from var_jax.training.processes import LOST
@@ -31,11 +34,15 @@ def free_port():
 
 def start(count, devices, trained, workdir, *options, only=None):
   """Processes that train the tiny generator together; only: the indices of those that come."""
+  return together(count, devices, 'train', f'--config={trained[0]}:generator', f'--workdir={workdir}',
+                  f'--config.tokenizer={trained[1]}', *STEPS, *options, only=only)
+
+
+def together(count, devices, *arguments, only=None):
+  """Processes that run one command together."""
   environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices),
                               'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-  command = [sys.executable, '-m', 'var_jax', 'train', f'--config={trained[0]}:generator', f'--workdir={workdir}',
-             f'--config.tokenizer={trained[1]}', *STEPS, *options]
-  port = free_port()
+  command, port = [sys.executable, '-m', 'var_jax', *arguments], free_port()
   return [subprocess.Popen([*command, f'--distributed=127.0.0.1:{port},{count},{i}'], env=environment, cwd=ROOT,
                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
           for i in (only or range(count))]
@@ -49,6 +56,16 @@ def finish(processes, timeout=300):
   finally:
     for process in processes:
       process.kill()
+
+
+def checkpoints_of(workdir):
+  """Steps of what is saved."""
+  return {int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit()}
+
+
+def restored(workdir):
+  """Everything in the newest checkpoint, as it was stored."""
+  return ocp.load(workdir / 'checkpoints' / str(max(checkpoints_of(workdir))), checkpointable_name='training')
 
 
 def numbers(workdir):
@@ -92,6 +109,51 @@ def test_signal_to_one_process_stops_and_saves_all(trained, alone, tmp_path):
   assert [status for status, _ in ended] == [128 + signal.SIGTERM] * 2, ended
   steps = {errors.partition('stopped at step ')[2].split()[0] for _, errors in ended}
   assert len(steps) == 1 and (tmp_path / 'w/checkpoints' / steps.pop()).exists()
+
+
+@pytest.mark.slow
+def test_processes_sample_and_evaluate_as_one(alone, tmp_path):
+  """The file is whole when they end, though one of them alone writes it."""
+  flags = [f'--workdir={alone}', '--batch_size=4']
+  assert main(['sample', *flags, '--num=10', f'--out={tmp_path}/one.npz']) == 0
+  assert main(['evaluate', *flags, '--per_class=3', f'--out={tmp_path}/one.json']) == 0
+  for command in (['sample', *flags, '--num=10', f'--out={tmp_path}/two.npz'],
+                  ['evaluate', *flags, '--per_class=3', f'--out={tmp_path}/two.json']):
+    for status, errors in finish(together(2, 2, *command)):
+      assert status == 0, errors
+  one, two = (np.load(tmp_path / f'{name}.npz') for name in ('one', 'two'))
+  assert np.array_equal(one['tokens'], two['tokens']) and np.array_equal(one['labels'], two['labels'])
+  assert np.abs(one['arr_0'].astype(int) - two['arr_0']).max() <= 1
+  one, two = (json.loads((tmp_path / f'{name}.json').read_text()) for name in ('one', 'two'))
+  assert one == pytest.approx(two, rel=1e-4) and 'validation_loss' in one
+
+
+@pytest.mark.slow
+def test_thirty_kills_leave_no_trace(trained, tmp_path):
+  """SIGKILL to one process or both, while they start, train and save: the run resumes and ends as if never killed."""
+  options = ['--config.steps=800', '--config.checkpoint_every=2', '--config.log_every=1', '--config.eval_every=0']
+  for status, errors in finish(start(2, 1, trained, tmp_path / 'straight', *options)):
+    assert status == 0, errors
+  draw, killed, saved = random.Random(0), tmp_path / 'killed', []
+  for kill in range(30):
+    processes, before = start(2, 1, trained, killed, *options), checkpoints_of(killed)
+    until = time.monotonic() + 120
+    if kill % 5:  # else while they start
+      while checkpoints_of(killed) == before and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0, 2 if kill % 5 else 10))
+    for victim in draw.choice([[0], [1], [0, 1]]):
+      processes[victim].kill()
+    statuses = [status for status, _ in finish(processes, timeout=150)]
+    assert set(statuses) <= {-signal.SIGKILL, LOST} and -signal.SIGKILL in statuses, statuses
+    saved.append(max(checkpoints_of(killed), default=0))
+    assert saved == sorted(saved), saved
+  assert saved[-1] < 800, 'it was done before the last kill'
+  for status, errors in finish(start(2, 1, trained, killed, *options)):
+    assert status == 0, errors
+  assert len(set(saved)) > 15, saved
+  assert numbers(killed) == numbers(tmp_path / 'straight')
+  assert differing(*(restored(w) for w in (killed, tmp_path / 'straight'))) == []
 
 
 def test_missing_process_is_told(trained, tmp_path):

@@ -152,7 +152,8 @@ def test_emitted_jobs_are_what_kubernetes_takes(place):
 
 
 @pytest.mark.parametrize('points, flags, words', [
-    ('[]', (), 'no points'), ('1 / 0', (), 'ZeroDivisionError'), ('[1]', (), 'fails with'), ('[{"seed": 1}, {"seed": 1}]', (), 'two of one name'),
+    ('[]', (), 'no points'), ('1 / 0', (), 'ZeroDivisionError'), ('[1]', (), 'fails with'),
+    ('[{"seed": 1}, {"seed": 1}]', (), 'two of one name'),
     ('[{"sede": 1}]', (), 'no such setting'), ('[{"seed": "x"}]', (), 'seed'),
     ('[{"seed": 1}]', ('--jobs=0',), 'out of range'), ('[{"seed": 1}]', ('--emit=kubernetes',), '--volume'),
     ('[{"seed": 1}]', ('--config.nothing=1',), 'no such setting')])

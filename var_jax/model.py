@@ -1,6 +1,8 @@
 """A trained model for notebooks and commands: `model = var_jax.load(DIR); model.sample([3, 7], seed=0)`."""
 
 import functools
+import hashlib
+import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from var_jax import workdir as workdir_lib
 from var_jax.data.images import to_float, to_uint8
 from var_jax.errors import UserError
 from var_jax.generator import sampling
+from var_jax.training import checksums
 from var_jax.training import mesh as mesh_lib
 
 
@@ -33,14 +36,14 @@ class Model:
 
   def __init__(self, tokenizer, tokenizer_params, generator=None, generator_params=None, mesh=None):
     self.tokenizer, self.generator = tokenizer, generator
-    self._mesh = mesh or mesh_lib.make_mesh()
+    self.mesh = mesh or mesh_lib.make_mesh()
     params = {'tokenizer': tokenizer_params} | ({'generator': generator_params} if generator else {})
-    self.params = mesh_lib.put_state(params, self._mesh)
+    self.params = mesh_lib.put_state(params, self.mesh)
 
   @property
   def identity(self):
     """A text that names the parameters."""
-    return workdir_lib.fingerprint(self.params)
+    return hashlib.sha256(json.dumps(checksums.of(self.params)).encode()).hexdigest()[:12]
 
   def __repr__(self):
     kind = 'tokenizer' if self.generator is None else f'generator of depth {self.generator.depth}'
@@ -105,7 +108,7 @@ class Model:
 
   @functools.cache
   def _jitted_sampler(self, top_k, use_top_p, smooth):
-    @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(self._mesh))
+    @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(self.mesh))
     def draw(params, labels_B, index_B, seed, cfg, top_p, temperature, given):
       choices = sampling.Choices(cfg, top_k, top_p if use_top_p else 0.0, temperature, smooth)
       keys_B = sampling.image_keys(seed, index_B)
@@ -117,20 +120,20 @@ class Model:
   @functools.cache
   def _tokenize(self, method):
     apply = jax.jit(lambda params, x: self.tokenizer.apply({'params': params}, x, method=method),
-                    out_shardings=mesh_lib.replicated(self._mesh))
+                    out_shardings=mesh_lib.replicated(self.mesh))
     return lambda x: (apply(self.params['tokenizer'], x),)
 
   def _in_batches(self, run, arrays, batch_size, title=None):
     """Runs batches of one fixed size over all devices; images come back as uint8."""
-    count, devices = len(arrays[0]), mesh_lib.batch_parts(self._mesh)
+    count, devices = len(arrays[0]), mesh_lib.batch_parts(self.mesh)
     if not count:
       raise UserError('there is nothing to do: give at least one image, label or row of tokens')
     batch_size = -(-min(max(batch_size, 1), count) // devices) * devices
     parts = []
     for start in progress.bar(range(0, count, batch_size), title=title, unit='batch', show=title is not None):
       part = [np.resize(a[start:start + batch_size], (batch_size, *a.shape[1:])) for a in arrays]
-      with jax.set_mesh(self._mesh):
-        out = run(*(mesh_lib.put_whole(a, self._mesh) for a in part))
+      with jax.set_mesh(self.mesh):
+        out = run(*(mesh_lib.put_whole(a, self.mesh) for a in part))
       out = [to_uint8(np.asarray(x)) if x.dtype == jnp.float32 else np.asarray(x) for x in out]
       parts.append([x[:count - start] for x in out])
     return [np.concatenate(column) for column in zip(*parts)]

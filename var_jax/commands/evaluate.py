@@ -7,6 +7,7 @@ import sys
 
 from var_jax.commands import flags, output
 from var_jax.errors import UserError, note
+from var_jax.training import processes
 from var_jax.workdir import read_config
 
 EXAMPLE = ('var-jax evaluate --workdir=runs/digits/generator --features=classifier --out=judged.json\n'
@@ -38,9 +39,14 @@ def main(arguments):
   parser.add_argument('--grid', metavar='"cfg=1,2;top_p=0.9,0.96"', help='compare all combinations; a plot lies beside '
                       'the JSON')
   parser.add_argument('--out', metavar='X.json', help='default: evaluation.json in the workdir or beside the samples')
+  flags.add_distributed(parser)
   options = parser.parse_args(arguments)
-  out = _checked(options, arguments)
+  with flags.together(options):
+    run(options, _checked(options, arguments))
 
+
+def run(options, out):
+  """Evaluates what the flags say, and prints and writes it; of several processes the first does."""
   from var_jax.evaluation import grid
   from var_jax.evaluation.run import Request, figures_of
 
@@ -50,6 +56,8 @@ def main(arguments):
   figures = figures_of(Request(
       **{name: getattr(options, name) for name in names}, folder=_folder(options, out), lpips_weights=lpips_weights,
       inception=options.features == 'inception', choices=flags.choices(options), grid=points))
+  if not processes.is_first():
+    return
   if points:
     print(grid.table(points, figures['grid']), file=sys.stderr)
     grid.plot(out.with_suffix('.png'), points, figures['grid'])
@@ -113,5 +121,6 @@ def _checked(options, arguments):
   if out.suffix != '.json':
     raise UserError(f'--out={out} must end in .json')
   _note_useless(options, flags.given(arguments))
-  output.make_folder(out.parent)
+  if processes.is_first():
+    output.make_folder(out.parent)
   return out

@@ -1,6 +1,7 @@
 """Flags shared by the commands: argparse with one-line errors, and ml_collections' typed config overrides."""
 
 import argparse
+import contextlib
 import pathlib
 
 import absl.flags
@@ -8,6 +9,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from var_jax.errors import UserError
+from var_jax.training import processes
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,6 +81,22 @@ def _explain(error, file):
       text = 'no such setting: ' + text.replace("'", '').strip('"')
     return text[:300]
   return f'{file} fails with {type(cause).__name__}: {" ".join(str(cause).split())[:200]}'
+
+
+def add_distributed(parser):
+  """The flags by which several processes do one thing together."""
+  parser.add_argument('--distributed', metavar='auto|HOST:PORT,COUNT,INDEX', help='join the other processes of the '
+                      'run; auto: a TPU pod, Slurm or Open MPI tells; else the first one\'s address, how many, which')
+  parser.add_argument('--join_timeout', type=int, default=300, metavar='SECONDS', help='to wait for them (default 300)')
+
+
+@contextlib.contextmanager
+def together(options):
+  """Within, this process is one of those that `add_distributed` asked for, if it did."""
+  if options.distributed:
+    processes.join(options.distributed, options.join_timeout)
+  with processes.together():
+    yield
 
 
 def in_range(flag, value, least, most=None):

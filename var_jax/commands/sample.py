@@ -7,6 +7,7 @@ import numpy as np
 from var_jax import pictures, progress
 from var_jax.commands import flags, output
 from var_jax.errors import UserError
+from var_jax.training import processes
 
 EXAMPLE = 'var-jax sample --workdir=runs/digits/generator --labels=0,3,7 --num=9 --cfg=1.5 --out=digits.png'
 
@@ -24,15 +25,22 @@ def main(arguments):
                       'such as the judge.jaxexport that evaluate leaves in a workdir')
   parser.add_argument('--batch_size', type=int, default=64, metavar='N', help='images drawn at a time (default 64)')
   parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='one picture, arrays, or a folder')
+  flags.add_distributed(parser)
   options = parser.parse_args(arguments)
-  output.check(options.out)
   flags.in_range('--num', options.num, 1)
   flags.in_range('--batch_size', options.batch_size, 1)
   flags.in_range('--seed', options.seed, 0, 2**32 - 1)
   flags.in_range('--best_of', options.best_of, 1)
   if (options.best_of > 1) != bool(options.classifier):
     raise UserError('--best_of=R and --classifier=F.jaxexport go together: give both, R being 2 or more')
+  with flags.together(options):
+    if processes.is_first():
+      output.check(options.out)
+    run(options)
 
+
+def run(options):
+  """Draws and writes what the flags say; of several processes the first writes."""
   from var_jax.evaluation.drawing import draw
   from var_jax.evaluation.rejection import Rejecting
   from var_jax.model import load
@@ -40,6 +48,7 @@ def main(arguments):
   model = load(options.workdir)
   if options.classifier:
     model = Rejecting(model, options.classifier, options.best_of)
+  first = processes.is_first()
   labels = options.labels or list(range(model.generator.classes if model.generator else 1))
   labels = np.resize(labels, options.num or len(labels))
   out, choices = pathlib.Path(options.out), flags.choices(options)
@@ -48,11 +57,14 @@ def main(arguments):
   elif out.suffix:
     images = model.sample(labels, options.seed, batch_size=options.batch_size, progress=True, **choices).images
     columns = min(len(options.labels or labels), len(labels))  # labels come in turn: a column each
-    output.save(out, images, pictures.sheet(images, columns if columns <= 20 else 0))
+    if first:
+      output.save(out, images, pictures.sheet(images, columns if columns <= 20 else 0))
   else:
-    for start in progress.bar(range(0, len(labels), options.batch_size), title='sampling', unit='batch'):
+    for start in progress.bar(range(0, len(labels), options.batch_size), title='sampling', unit='batch', show=first):
       some = np.resize(labels[start:start + options.batch_size], min(options.batch_size, len(labels)))
       images = model.sample(some, options.seed, first=start, batch_size=options.batch_size, **choices).images
       names = [f'{i:06d}' for i in range(start, min(start + options.batch_size, len(labels)))]
-      output.save(out, images[:len(names)], None, names=names)
-  print(f'{len(labels)} images in {out}')
+      if first:
+        output.save(out, images[:len(names)], None, names=names)
+  if first:
+    print(f'{len(labels)} images in {out}')

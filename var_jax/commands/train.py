@@ -19,15 +19,10 @@ def main(arguments):
   parser.add_argument('--workdir', required=True, metavar='DIR', help='where the run is kept')
   parser.add_argument('--config.NAME', dest='unused', metavar='VALUE', help='any setting of var_jax/configs.py, '
                       'such as --config.optimizer.peak_lr=1e-4 or, for a generator, --config.tokenizer=DIR')
-  parser.add_argument('--distributed', metavar='auto|HOST:PORT,COUNT,INDEX', help='join the other processes of the '
-                      'run; auto: a TPU pod, Slurm or Open MPI tells; else the first one\'s address, how many, which')
-  parser.add_argument('--join_timeout', type=int, default=300, metavar='SECONDS', help='to wait for them (default 300)')
+  flags.add_distributed(parser)
   options, overrides = parser.parse_known_args(arguments)
-  if options.distributed:
-    processes.join(options.distributed, options.join_timeout)
-  config = flags.read_config(options.config, overrides)
-  with processes.together():
-    return run(config, options.workdir)
+  with flags.together(options):
+    return run(flags.read_config(options.config, overrides), options.workdir)
 
 
 def run(config, workdir):

@@ -12,6 +12,7 @@ import numpy as np
 from var_jax import progress as progress_lib
 from var_jax.errors import UserError, note
 from var_jax.model import check_choices
+from var_jax.training import processes
 
 
 def draw(model, labels_N, seed, out, choices, batch_size=64):
@@ -22,15 +23,21 @@ def draw(model, labels_N, seed, out, choices, batch_size=64):
   """
   out, labels_N = pathlib.Path(out), model.check_labels(labels_N)
   check_choices(**{name: choices[name] for name in ('cfg', 'top_k', 'top_p', 'temperature')})
-  part = out.with_name(f'.{out.name}.part')
+  part, identity = out.with_name(f'.{out.name}.part'), _identity(model, labels_N, seed, choices, batch_size)
+  if not processes.is_first():
+    for _ in _batches(model, labels_N, seed, choices, batch_size, int(processes.from_first(0))):
+      pass
+    processes.wait(f'drawn {out}')
+    return
   try:
-    _draw(model, labels_N, seed, part, choices, batch_size)
+    _draw(model, labels_N, seed, part, choices, batch_size, identity)
     whole = part / 'whole.npz'
     with zipfile.ZipFile(whole, 'w', zipfile.ZIP_STORED, allowZip64=True) as file:
       for name in ('arr_0', 'labels', 'tokens'):
         file.write(part / f'{name}.npy', f'{name}.npy')
     whole.replace(out)
     shutil.rmtree(part)
+    processes.wait(f'drawn {out}')
   except OSError as error:
     raise UserError(f'could not write {out} ({error.strerror or error}): free some space and run the same command '
                     'again, it goes on where it stopped') from error
@@ -39,11 +46,10 @@ def draw(model, labels_N, seed, out, choices, batch_size=64):
       shutil.rmtree(part, ignore_errors=True)
 
 
-def _draw(model, labels_N, seed, part, choices, batch_size):
+def _draw(model, labels_N, seed, part, choices, batch_size, identity):
   """Fills the folder `part` with arr_0.npy, labels.npy and tokens.npy."""
   count, progress = len(labels_N), part / 'progress.json'
-  identity = _identity(model, labels_N, seed, choices, batch_size)
-  done = _done(progress, identity)
+  done = int(processes.from_first(_done(progress, identity)))
   if not done:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -54,14 +60,20 @@ def _draw(model, labels_N, seed, part, choices, batch_size):
   bar = progress_lib.bar(title='sampling', unit='image', total=count, initial=done)
   with (bar, _Rows(part / 'arr_0.npy', np.uint8, (count, *size, 3), done) as images,
         _Rows(part / 'tokens.npy', np.int32, (count, pyramid.length), done) as tokens):
-    for start in range(done, count, batch_size):
-      end = min(start + batch_size, count)
-      full = np.resize(labels_N[start:end], min(batch_size, count))  # the last batch too, or it would be compiled anew
-      drawn = model.sample(full, seed, first=start, batch_size=batch_size, **choices)
+    for start, end, drawn in _batches(model, labels_N, seed, choices, batch_size, done):
       images.append(drawn.images[:end - start])
       tokens.append(drawn.tokens[:end - start])
       _write(progress, {'identity': identity, 'done': end})
       bar.update(end - start)
+
+
+def _batches(model, labels_N, seed, choices, batch_size, done):
+  """(start, end, `Samples`) of each batch from image `done` on."""
+  count = len(labels_N)
+  for start in range(done, count, batch_size):
+    end = min(start + batch_size, count)
+    full = np.resize(labels_N[start:end], min(batch_size, count))  # the last batch too, or it would be compiled anew
+    yield start, end, model.sample(full, seed, first=start, batch_size=batch_size, **choices)
 
 
 class _Rows:

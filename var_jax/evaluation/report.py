@@ -15,7 +15,7 @@ from PIL import Image
 from var_jax import pictures
 from var_jax.data.images import fit
 from var_jax.data.sources import open_source
-from var_jax.training import metrics
+from var_jax.training import metrics, processes
 
 PER_CLASS, MOST_CLASSES, NEIGHBOURS = 8, 20, 5
 MOST_COMPARED = 60_000  # training images that are searched for neighbours
@@ -57,7 +57,8 @@ def write(folder, workdir, model, config, figures, samples=None):
   parts.append(('Environment', _table(_environment())))
   body = '\n'.join(f'<h2>{title}</h2>\n{content}' for title, content in parts if content)
   title = f'var_jax {config.stage}: {"/".join(workdir.absolute().parts[-2:])}'
-  (pathlib.Path(folder) / 'report.html').write_text(PAGE.format(title=html.escape(title), body=body))
+  if processes.is_first():
+    (pathlib.Path(folder) / 'report.html').write_text(PAGE.format(title=html.escape(title), body=body))
 
 
 def _table(rows):
