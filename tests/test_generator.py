@@ -9,8 +9,10 @@ import pytest
 from golden_files import assert_close
 from published_models import nhwc
 
-from var_jax.generator import sampling
+from var_jax.generator import attention, sampling
 from var_jax.generator.sampling import Choices
+from var_jax.pyramid import Pyramid
+from var_jax.training import mesh as mesh_lib
 
 MODELS = ['var', 'var_shared_adaln', 'var_scaled_dot']
 
@@ -105,3 +107,51 @@ def test_smooth_sampling_mixes_codes():
   decoded = decode(smooth.tokens_BxL)
   assert np.abs(decoded - smooth.image_BxHxWx3).max() > 1e-3  # the picture is not that of the hard tokens
   assert_close(decode(sharp.tokens_BxL), sharp.image_BxHxWx3)
+
+
+SCALES = Pyramid.of((1, 2, 3, 5, 8, 9))
+
+
+def queries_keys_values(dtype=jnp.float32):
+  return [jax.random.normal(jax.random.key(i), (4, SCALES.length, 2, 16), dtype) for i in range(3)]
+
+
+def with_gradients(attend):
+  return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), (0, 1, 2)))(*queries_keys_values())
+
+
+@pytest.mark.parametrize('sizes', [None, dict(fsdp=2, tensor=2), dict(tensor=8)])
+def test_splash_attention_equals_xla(sizes):
+  """Interpreted, since the kernel is for TPUs: its mask, its padding, and how devices share images and heads."""
+  expected = with_gradients(lambda *x: attention.attend(*x, SCALES, 'xla'))
+  splash = lambda *x: attention._splash(*x, SCALES, interpret=True)
+  if sizes is None:
+    found = with_gradients(splash)
+  else:
+    with jax.set_mesh(mesh_lib.make_mesh(**sizes)):
+      found = with_gradients(splash)
+  for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_cudnn_attention_is_lowered_for_gpus(monkeypatch):
+  """There is no GPU to run it on: a kernel for each range of queries but the coarsest, forwards and backwards."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+  monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91000)
+  monkeypatch.setattr(cudnn, 'check_compute_capability', lambda capability: True)
+  monkeypatch.setattr(cudnn, 'is_cuda_compute_capability_equal', lambda capability: False)
+  loss = lambda *x: jnp.sum(attention.attend(*x, SCALES, 'cudnn').astype(jnp.float32))
+  text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*queries_keys_values(jnp.bfloat16)).lower(
+      lowering_platforms=('cuda',)).as_text()
+  kernels = len(attention.query_ranges(SCALES)) - 1
+  assert kernels > 0 and text.count('@__cudnn$fmhaSoftmax(') == text.count('@__cudnn$fmhaSoftmaxBackward(') == kernels
+
+
+def test_attention_suits_the_devices():
+  """A kernel that the devices do not have would end the run."""
+  assert attention.chosen('auto', jnp.bfloat16) == 'xla' and attention.chosen('splash', jnp.float32) == 'splash'
+  cases = [('tpu', 'float32', 'splash'), ('gpu', 'bfloat16', 'cudnn'), ('gpu', 'float32', 'xla')]
+  for platform, dtype, expected in cases:
+    with pytest.MonkeyPatch.context() as there:
+      there.setattr(attention.axes, 'platform', lambda: platform)
+      assert attention.chosen('auto', jnp.dtype(dtype)) == expected

@@ -131,7 +131,7 @@ def test_processes_sample_and_evaluate_as_one(alone, tmp_path):
 @pytest.mark.slow
 def test_thirty_kills_leave_no_trace(trained, tmp_path):
   """SIGKILL to one process or both, while they start, train and save: the run resumes and ends as if never killed."""
-  options = ['--config.steps=800', '--config.checkpoint_every=2', '--config.log_every=1', '--config.eval_every=0']
+  options = ['--config.steps=160', '--config.checkpoint_every=2', '--config.log_every=1', '--config.eval_every=0']
   for status, errors in finish(start(2, 1, trained, tmp_path / 'straight', *options)):
     assert status == 0, errors
   draw, killed, saved = random.Random(0), tmp_path / 'killed', []
@@ -148,7 +148,7 @@ def test_thirty_kills_leave_no_trace(trained, tmp_path):
     assert set(statuses) <= {-signal.SIGKILL, LOST} and -signal.SIGKILL in statuses, statuses
     saved.append(max(checkpoints_of(killed), default=0))
     assert saved == sorted(saved), saved
-  assert saved[-1] < 800, 'it was done before the last kill'
+  assert saved[-1] < 160, 'it was done before the last kill'
   for status, errors in finish(start(2, 1, trained, killed, *options)):
     assert status == 0, errors
   assert len(set(saved)) > 15, saved

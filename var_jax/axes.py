@@ -21,9 +21,19 @@ def constrain(x, *axes):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  whole = lambda size, axis: axis is None or size % _parts(mesh, axis)
-  spec = [None if whole(size, axis) else axis for size, axis in zip(x.shape, axes)]
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+  return jax.lax.with_sharding_constraint(x, spec(x.shape, *axes))
+
+
+def spec(shape, *axes):
+  """The PartitionSpec of `constrain` for an array of this shape; all None without a mesh."""
+  whole = lambda size, axis: parts(axis) == 1 or size % parts(axis)
+  return PartitionSpec(*(None if whole(size, axis) else axis for size, axis in zip(shape, axes)))
+
+
+def platform():
+  """Of the devices of the mesh that is set, or else of those at hand: 'cpu', 'gpu' or 'tpu'."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def everywhere():
@@ -31,5 +41,9 @@ def everywhere():
   return None if jax.sharding.get_abstract_mesh().empty else PartitionSpec()
 
 
-def _parts(mesh, axis):
+def parts(axis):
+  """Into how many parts the mesh that is set splits a dimension along an axis: BATCH, TENSOR or None."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if axis is None or mesh.empty:
+    return 1
   return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))

@@ -110,6 +110,7 @@ def generator(depth=16):
       shared_adaln=False,
       adaln_gamma=1e-3,      # initial scale of the gammas
   )
+  config.attention = 'auto'  # auto, xla, cudnn (GPUs, in bfloat16) or splash (TPUs)
   config.drop_path = 0.1 * depth / 24
   config.label_drop = 0.1
   config.label_smoothing = 0.0

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from var_jax import configs
 from var_jax.errors import UserError, note
 from var_jax.generator import adapt
+from var_jax.generator.attention import IMPLEMENTATIONS
 from var_jax.generator.transformer import Generator
 from var_jax.pyramid import Pyramid
 from var_jax.remat import POLICIES
@@ -26,7 +27,8 @@ from var_jax.training.checkpoint import Checkpoints
 RUN_ONLY = (  # free to change when a run is resumed
     'log_every', 'eval_every', 'eval_images', 'pictures_every', 'checkpoint_every', 'keep', 'keep_every', 'best',
     'steps', 'epochs', 'max_skipped_in_row', 'measure.every', 'measure.per_class', 'measure.inception',
-    'measure.resize', 'data.workers', 'data.path', 'tokenizer', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'remat')
+    'measure.resize', 'data.workers', 'data.path', 'tokenizer', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'remat',
+    'attention')
 
 
 def fingerprint(params):
@@ -151,7 +153,11 @@ def make_generator(config, tokenizer):
   width, heads = fields['width'] or 64 * depth, fields['heads'] or depth
   if width % heads:
     raise UserError(f'model.width {width} is not a multiple of model.heads {heads}: change one of them')
-  fields.update(width=width, heads=heads, remat=_remat(config))
+  if config.attention not in IMPLEMENTATIONS:
+    raise UserError(f'there is no attention {config.attention!r}: use one of {", ".join(IMPLEMENTATIONS)}')
+  if config.attention == 'cudnn' and config.dtype != 'bfloat16':
+    raise UserError("attention='cudnn' works in bfloat16 alone: add --config.dtype=bfloat16, or leave it at auto")
+  fields.update(width=width, heads=heads, remat=_remat(config), attention=config.attention)
   return Generator(
       tokenizer.pyramid, tokenizer.codes, tokenizer.channels, **fields, dtype=activation_dtype(config))
 

@@ -1,25 +1,46 @@
-"""Attention between token maps: one function, softmax in float32, only over what is visible."""
+"""Attention between token maps: one function, softmax in float32, only over what is visible.
+
+xla: products of each range of queries with the keys up to its end; runs everywhere. cudnn: the same ranges, each by
+cuDNN's fused kernel, which keeps no weights in memory; for GPUs, in bfloat16. splash: one Pallas kernel for TPUs that
+leaves out blocks that are hidden. auto: what suits the devices.
+"""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from var_jax import axes
+
+IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'splash')
 LEAST_QUERIES = 64  # coarse scales are taken together until there are so many; a mask hides the finer ones among them
+TILE = 128  # splash attention takes lengths that are multiples of it
 
 
-def attend(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, pyramid=None):
+def attend(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, pyramid=None, implementation='xla'):
   """Softmax attention without further scaling of the queries; (B, L, H, Dh) in v's dtype.
 
   pyramid: whose tokens queries and keys are, each seeing its own and coarser scales; None when every key is visible.
+  implementation: one of IMPLEMENTATIONS.
   """
+  q, k, v = q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh
+  implementation = chosen(implementation, v.dtype)
+  if implementation == 'splash' and pyramid is not None:
+    return _splash(q, k, v, pyramid)
+  if implementation == 'cudnn':
+    return _by_ranges(_cudnn, q, k, v, pyramid, length_axis=1)
   # Heads first: the products over (L, M) are then plain batched ones, four times as fast on a CPU.
-  q, k, v = (x.swapaxes(1, 2) for x in (q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh))
-  if pyramid is None:
-    return _softmax(q, k, v).swapaxes(1, 2)
-  parts = []
-  for start, end in query_ranges(pyramid):
-    visible = pyramid.visible_LxL[start:end, :end]
-    parts.append(_softmax(q[:, :, start:end], k[:, :, :end], v[:, :, :end], None if visible.all() else visible))
-  return jnp.concatenate(parts, axis=2).swapaxes(1, 2)
+  return _by_ranges(_softmax, *(x.swapaxes(1, 2) for x in (q, k, v)), pyramid, length_axis=2).swapaxes(1, 2)
+
+
+def chosen(implementation, dtype):
+  """What 'auto' stands for on the devices of the mesh that is set, or else on those at hand."""
+  if implementation != 'auto':
+    return implementation
+  kind = axes.platform()
+  if kind == 'tpu':
+    return 'splash'
+  return 'cudnn' if kind in ('gpu', 'cuda') and dtype == jnp.bfloat16 else 'xla'
 
 
 def query_ranges(pyramid):
@@ -32,9 +53,58 @@ def query_ranges(pyramid):
   return ranges
 
 
-def _softmax(q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, visible_LxM=None):
+def _by_ranges(core, q, k, v, pyramid, length_axis):
+  """core(q, k, v, mask=None or (1, 1, L, M) bool) over each range of queries."""
+  if pyramid is None:
+    return core(q, k, v)
+  cut = lambda x, start, end: jax.lax.slice_in_dim(x, start, end, axis=length_axis)
+  parts = []
+  for start, end in query_ranges(pyramid):
+    visible = pyramid.visible_LxL[start:end, :end]
+    mask = None if visible.all() else jnp.asarray(visible[None, None])
+    parts.append(core(cut(q, start, end), cut(k, 0, end), cut(v, 0, end), mask=mask))
+  return jnp.concatenate(parts, axis=length_axis)
+
+
+def _softmax(q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, mask=None):
   scores_BxHxLxM = jnp.einsum('bhld,bhmd->bhlm', q_BxHxLxDh, k_BxHxMxDh, preferred_element_type=jnp.float32)
-  if visible_LxM is not None:
-    scores_BxHxLxM = jnp.where(visible_LxM, scores_BxHxLxM, -jnp.inf)
+  if mask is not None:
+    scores_BxHxLxM = jnp.where(mask, scores_BxHxLxM, -jnp.inf)
   weights_BxHxLxM = jax.nn.softmax(scores_BxHxLxM, axis=-1).astype(v_BxHxMxDh.dtype)
   return jnp.einsum('bhlm,bhmd->bhld', weights_BxHxLxM, v_BxHxMxDh)
+
+
+def _cudnn(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, mask=None):
+  if mask is not None:  # the coarse scales, a small part
+    return _softmax(*(x.swapaxes(1, 2) for x in (q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh)), mask).swapaxes(1, 2)
+  B, L, M = *q_BxLxHxDh.shape[:2], k_BxMxHxDh.shape[1]
+  # jax 0.10 refuses odd lengths in training: they are filled up, with lengths that say so.
+  q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh))
+  lengths = {'query_seq_lengths': jnp.full(B, L), 'key_value_seq_lengths': jnp.full(B, M)} if L % 2 or M % 2 else {}
+  return jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation='cudnn', **lengths)[:, :L]
+
+
+def _splash(q, k, v, pyramid, interpret=False):
+  """The kernel works on what one device has; lengths are filled up with tokens that nobody sees."""
+  L, H, more = pyramid.length, q.shape[2], -pyramid.length % TILE
+  q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
+  visible = np.zeros((L + more, L + more), bool)
+  visible[:L, :L] = pyramid.visible_LxL
+  visible[L:, 0] = True  # a query that sees nothing would divide by zero
+  spec = axes.spec(q.shape, axes.BATCH, axes.TENSOR)
+  run = jax.vmap(_kernel(visible, H // axes.parts(spec[1]), interpret))
+  if any(spec):
+    run = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+  return run(q, k, v).swapaxes(1, 2)[:, :L].astype(v.dtype)
+
+
+def _kernel(visible_LxL, heads, interpret):
+  """Splash attention of so many heads, each with the same mask."""
+  mask = splash_attention_mask.NumpyMask(visible_LxL)
+  tile = next(size for size in (384, 256, 128) if len(visible_LxL) % size == 0)
+  sizes = splash_attention_kernel.BlockSizes(
+      block_q=tile, block_kv=tile, block_kv_compute=tile, block_q_dkv=tile, block_kv_dkv=tile,
+      block_kv_dkv_compute=tile, block_q_dq=tile, block_kv_dq=tile)
+  return splash_attention_kernel.make_splash_mha(
+      splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+      interpret=interpret)

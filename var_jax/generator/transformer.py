@@ -64,6 +64,7 @@ class Attention(nn.Module):
   init_std: float
   proj_std: float
   pyramid: Pyramid
+  implementation: str
   dtype: Any
 
   @nn.compact
@@ -86,8 +87,8 @@ class Attention(nn.Module):
     new = (k, v)
     if past:
       k, v = (jnp.concatenate([*(p[i] for p in past), new[i]], axis=1) for i in range(2))
-    out = attend(q.astype(self.dtype), k, v, self.pyramid if past is None else None).reshape(B, L, D)
-    out = constrain(out, BATCH, None, TENSOR)
+    out = attend(q.astype(self.dtype), k, v, self.pyramid if past is None else None, self.implementation)
+    out = constrain(out.reshape(B, L, D), BATCH, None, TENSOR)
     return Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), name='proj')(out), new
 
 
@@ -109,6 +110,7 @@ class Block(nn.Module):
   adaln_scale: float
   adaln_gamma: float
   pyramid: Pyramid
+  attention: str
   dtype: Any
 
   @nn.compact
@@ -125,7 +127,8 @@ class Block(nn.Module):
     gamma1, gamma2, scale1, scale2, shift1, shift2 = (chunks_Bx6xD[:, i, None] for i in range(6))
 
     attention = Attention(
-        D, self.heads, self.normalize_qk, self.init_std, self.proj_std, self.pyramid, self.dtype, name='attention')
+        D, self.heads, self.normalize_qk, self.init_std, self.proj_std, self.pyramid, self.attention,
+        self.dtype, name='attention')
     h = (layer_norm(x_BxLxD) * (scale1 + 1) + shift1).astype(self.dtype)
     h, new = attention(h, past)
     x_BxLxD += self._drop_path(h * gamma1, keep_2xB, 0)
@@ -147,7 +150,7 @@ class Generator(nn.Module):
 
   codes, channels: the tokenizer's codebook; classes: label `classes` means "no class" (for guidance).
   width, heads: by default 64·depth and depth. Initial values as published; adaln_gamma is the recipe's own.
-  remat: see `remat.POLICIES`.
+  remat: see `remat.POLICIES`; attention: see `attention.IMPLEMENTATIONS`.
   """
 
   pyramid: Pyramid
@@ -164,6 +167,7 @@ class Generator(nn.Module):
   adaln_scale: float = 0.5
   head_scale: float = 0.02
   remat: str = 'none'
+  attention: str = 'auto'
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -181,7 +185,8 @@ class Generator(nn.Module):
         split_rngs={'params': True}, length=self.depth, in_axes=(0, 0, nn.broadcast), out_axes=0)
     self.blocks = scanned(
         D, self.heads or self.depth, self.mlp_ratio, self.normalize_qk, self.shared_adaln, std,
-        std / math.sqrt(2 * self.depth), self.adaln_scale, self.adaln_gamma, self.pyramid, self.dtype)
+        std / math.sqrt(2 * self.depth), self.adaln_scale, self.adaln_gamma, self.pyramid, self.attention,
+        self.dtype)
     self.head_adaln = Dense(2 * D, dtype=jnp.float32, kernel_init=normal(std * self.adaln_scale))
     self.head = Dense(self.codes, dtype=jnp.float32, kernel_init=normal(std * self.head_scale))
 

@@ -43,7 +43,8 @@ def functions(model, choices):
 
   def sample(params, labels, seed, cfg):
     keys = sampling.image_keys(seed, jnp.arange(labels.shape[0], dtype=jnp.uint32))
-    drawn = sampling.sample(model.generator, tokenizer, params, labels, keys, choices._replace(cfg=cfg))
+    generator = model.generator.clone(attention='xla')  # which every platform has
+    drawn = sampling.sample(generator, tokenizer, params, labels, keys, choices._replace(cfg=cfg))
     return _to_uint8(drawn.image_BxHxWx3)
 
   found = {'encode': (encode, (images,), 'images (b, H, W, 3) uint8 -> tokens (b, L) int32'),

@@ -39,11 +39,12 @@ def per_layer(params, x_BxHxWx3, y_BxHxWx3, *, precision='highest'):
 
   `precision` is that of the convolutions; 'highest' is true float32 on accelerators too.
   """
-  both = jnp.concatenate([x_BxHxWx3, y_BxHxWx3]).astype(jnp.float32)  # one pass through the network for both
+  # A pass for each, so that only the one whose gradient is wanted is gone through backwards.
+  passes = (_features(params, image.astype(jnp.float32), precision) for image in (x_BxHxWx3, y_BxHxWx3))
   layers = []
-  for head_C, f_2BxHxWxC in zip(params['heads'], _features(params, both, precision), strict=True):
-    x_BxHxWxC, y_BxHxWxC = jnp.split(_unit_length(f_2BxHxWxC), 2)
-    layers.append(jnp.mean(((x_BxHxWxC - y_BxHxWxC) ** 2) @ head_C, axis=(1, 2)))
+  for head_C, x_BxHxWxC, y_BxHxWxC in zip(params['heads'], *passes, strict=True):
+    difference = _unit_length(x_BxHxWxC) - _unit_length(y_BxHxWxC)
+    layers.append(jnp.mean(difference ** 2 @ head_C, axis=(1, 2)))
   return jnp.stack(layers)
 
 
