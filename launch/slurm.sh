@@ -73,7 +73,7 @@ done
 # SIGTERM reaches the training by --signal, which without B: means the job's steps and not this script, or by scancel
 # and preemption, which mean both: the trap lets the script wait for srun. All processes save before they end, so the
 # first to end must not make Slurm kill the others. A job that was cancelled is no longer RUNNING and stays cancelled.
-# 75: a process was lost, and the others with it.
+# 75: a process was lost, and the others with it; 134: jax aborted for it.
 batch=". launch/environment.sh
 trap : TERM
 srun --kill-on-bad-exit=0 --gpu-bind=none --cpus-per-task=$cpus \
@@ -81,7 +81,7 @@ srun --kill-on-bad-exit=0 --gpu-bind=none --cpus-per-task=$cpus \
 status=\$?
 echo \"training ended with exit status \$status\"
 case \$status in
-  143|75) ! scontrol show job \$SLURM_JOB_ID | grep -q JobState=RUNNING || scontrol requeue \$SLURM_JOB_ID ;;
+  143|75|134) ! scontrol show job \$SLURM_JOB_ID | grep -q JobState=RUNNING || scontrol requeue \$SLURM_JOB_ID ;;
 esac
 exit \$status"
 

@@ -325,7 +325,7 @@ watch() {
     if any running; then sleep "$poll"; continue; fi
     if all 0; then return 0; fi
     if any 143 || any none; then return 3; fi  # stopped, or its machine was lost
-    if all '\(0\|75\)'; then return 3; fi  # 75: another worker was lost
+    if all '\(0\|75\|134\)'; then return 3; fi  # another worker was lost; 134: jax aborted for it
     if ! any 2; then fail 'training failed: see var_jax_run/log on the worker that ended first'; fi
     error 'training refused its input, see its line above: correct it and run this again'
   done

@@ -230,7 +230,7 @@ def test_queued_resource(place):
     (['MISSING', 'PREEMPTED', 'MISSING', 'READY'], (['143', '0'],) * 2, False),   # gcloud says so
     (['MISSING', 'MISSING', 'MISSING', 'READY'], (['143', '0'],) * 2, False),     # it is gone
     (['MISSING', 'READY', 'MISSING', 'READY'], (['143', '0'],) * 2, True),        # its workers were told to stop
-    (['MISSING', 'READY', 'MISSING', 'READY'], (['75', '0'],) * 2, True)])
+    (['MISSING', 'READY', 'MISSING', 'READY'], (['75', '0'], ['134', '0']), True)])
 def test_preempted_pod_is_made_anew(place, states, outcomes, looked):
   """The same command then starts on a new pod, and resumes."""
   place.play(states=states, outcomes=outcomes)
@@ -311,7 +311,8 @@ def test_job_is_submitted(place):
 
 
 @pytest.mark.parametrize('status, state, requeued', [
-    (143, 'RUNNING', True), (75, 'RUNNING', True), (143, 'CANCELLED', False), (0, 'RUNNING', False),
+    (143, 'RUNNING', True), (75, 'RUNNING', True), (134, 'RUNNING', True),
+    (143, 'CANCELLED', False), (0, 'RUNNING', False),
     (2, 'RUNNING', False), (137, 'RUNNING', False)])
 def test_job_that_was_asked_to_stop_queues_again(place, status, state, requeued):
   """Unless it was cancelled; when it is done, or its input bad, it ends. As Slurm runs it: by sh."""

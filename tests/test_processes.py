@@ -145,7 +145,8 @@ def test_thirty_kills_leave_no_trace(trained, tmp_path):
     for victim in draw.choice([[0], [1], [0, 1]]):
       processes[victim].kill()
     statuses = [status for status, _ in finish(processes, timeout=150)]
-    assert set(statuses) <= {-signal.SIGKILL, LOST} and -signal.SIGKILL in statuses, statuses
+    # jax itself aborts when the first process, which keeps the others together, is the one that died.
+    assert set(statuses) <= {-signal.SIGKILL, LOST, -signal.SIGABRT} and -signal.SIGKILL in statuses, statuses
     saved.append(max(checkpoints_of(killed), default=0))
     assert saved == sorted(saved), saved
   assert saved[-1] < 160, 'it was done before the last kill'
