@@ -22,7 +22,7 @@ from var_jax import flops
 from var_jax import workdir as workdir_lib
 from var_jax.commands import flags
 from var_jax.errors import UserError
-from var_jax.generator import sampling
+from var_jax.generator import attention, sampling
 from var_jax.stages.generator import GeneratorStage
 from var_jax.stages.tokenizer import TokenizerStage
 from var_jax.tokenizer import lpips
@@ -83,12 +83,14 @@ def devices_of(topology):
 
 
 def program(config, options, devices):
-  """(what `jax.jit` traced, ideal FLOPs of one call, images of one call)."""
+  """(what `jax.jit` traced, ideal FLOPs of one call, images of one call, see `hlo.count` for its kernels)."""
   mesh = mesh_lib.make_mesh(devices, **config.mesh)
-  stage = abstract_stage(config, options)
+  stage, kernels = abstract_stage(config, options), {}
+  if stage.name == 'generator':
+    kernels = attention.kernel_flops(stage.generator.pyramid, stage.generator.width // stage.generator.heads)
   with jax.set_mesh(mesh):
     if options.program == 'sample':
-      return sampler(stage, mesh, options.per_device)
+      return *sampler(stage, mesh, options.per_device), kernels
     mesh_lib.check_batch(config.batch_size, mesh, config.accumulate)
     state = jax.eval_shape(stage.init).replace(frozen=stage.frozen)
     state, B = mesh_lib.placed(state, mesh), config.batch_size
@@ -98,7 +100,7 @@ def program(config, options, devices):
     stop = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=mesh_lib.per_device(mesh))
     traced = loop.jitted_step(stage, state, mesh).trace(state, batch, stop)
     one = {name: jax.ShapeDtypeStruct((config.accumulate, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-    return traced, B * flops.train_step(stage, state, one), B
+    return traced, B * flops.train_step(stage, state, one), B, kernels
 
 
 def abstract_stage(config, options):
@@ -115,7 +117,7 @@ def abstract_stage(config, options):
 
 
 def sampler(stage, mesh, per_device):
-  """As `program`, of the sampler with guidance, top_k and top_p."""
+  """As `program`, without kernels, of the sampler with guidance, top_k and top_p."""
   count = per_device * mesh_lib.batch_parts(mesh)
   params = {'generator': jax.eval_shape(stage.init).params, 'tokenizer': stage.frozen['tokenizer']}
   each = jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=mesh_lib.split(mesh))
@@ -133,7 +135,7 @@ def check(config, options, chip):
   """{name: number}, per chip, of the program compiled for a topology."""
   devices = devices_of(options.topology)
   start = time.monotonic()
-  traced, ideal, images = program(config, options, devices)
+  traced, ideal, images, kernels = program(config, options, devices)
   lowered = traced.lower(lowering_platforms=('tpu',))
   traced_in = time.monotonic() - start
   try:
@@ -142,7 +144,7 @@ def check(config, options, chip):
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     return {'fits': False, 'why': ' '.join(str(error).split())[:300]}
-  memory, cost, n = compiled.memory_analysis(), hlo.count(compiled.as_text()), len(devices)
+  memory, cost, n = compiled.memory_analysis(), hlo.count(compiled.as_text(), kernels), len(devices)
   peak = memory.peak_memory_in_bytes
   times = {'compute': cost.flops / chip.flops, 'memory': cost.bytes / chip.memory_rate,
            'network': sum(cost.sent.values()) / chip.link_rate}

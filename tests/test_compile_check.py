@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_runs import ROOT, write_experiment
 
 from var_jax import flops
+from var_jax.generator import attention
 from var_jax.generator.transformer import Generator
 from var_jax.pyramid import Pyramid
 from var_jax.training import hlo
@@ -39,6 +40,20 @@ def test_slices_and_updates_move_what_they_touch():
   x = jnp.ones((64, 256, 256))
   moved = cost_of(lambda x: jax.lax.scan(lambda c, row: (c + row.sum(), jnp.sin(row) * c), 0.0, x), x).bytes
   assert 2 * x.nbytes <= moved < 8 * x.nbytes, moved / x.nbytes
+
+
+def test_kernels_count_the_tiles_that_they_visit():
+  """Their own text is no HLO. 680 tokens are filled up to three tiles of 256, of whose nine pairs two are hidden."""
+  counts = attention.kernel_flops(Pyramid.of((1, 2, 3, 4, 5, 6, 8, 10, 13, 16)), 64)
+  product = 7 * 2 * 256 * 256 * 64
+  assert counts == {'splash_mha_fwd': 2 * product, 'splash_mha_dq': 3 * product, 'splash_mha_dkv': 4 * product}
+  text = '''ENTRY %main (m: s8[1,2,2], q: bf16[4,8,768,64]) -> bf16[4,8,768,64] {
+  %m = s8[1,2,2]{2,1,0} parameter(0)
+  %q = bf16[4,8,768,64]{3,2,1,0} parameter(1)
+  %splash_mha_fwd.3 = bf16[4,8,768,64]{3,2,1,0} custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"
+  ROOT %other.1 = bf16[4,8,768,64]{3,2,1,0} custom-call(%splash_mha_fwd.3), custom_call_target="tpu_custom_call"
+}'''
+  assert hlo.count(text, counts).flops == 4 * 8 * 2 * product and hlo.count(text).flops == 0
 
 
 def test_convolutions_count_what_they_see():

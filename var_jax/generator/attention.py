@@ -86,22 +86,42 @@ def _cudnn(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, mask=None):
 
 def _splash(q, k, v, pyramid, interpret=False):
   """The kernel works on what one device has; lengths are filled up with tokens that nobody sees."""
-  L, H, more = pyramid.length, q.shape[2], -pyramid.length % TILE
-  q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
-  visible = np.zeros((L + more, L + more), bool)
-  visible[:L, :L] = pyramid.visible_LxL
-  visible[L:, 0] = True  # a query that sees nothing would divide by zero
+  L, H, visible_MxM = pyramid.length, q.shape[2], _filled_up(pyramid)
+  q, k, v = (jnp.pad(x, ((0, 0), (len(visible_MxM) - L, 0), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
   spec = axes.spec(q.shape, axes.BATCH, axes.TENSOR)
-  run = jax.vmap(_kernel(visible, H // axes.parts(spec[1]), interpret))
+  run = jax.vmap(_kernel(visible_MxM, H // axes.parts(spec[1]), interpret))
   if any(spec):
     run = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
-  return run(q, k, v).swapaxes(1, 2)[:, :L].astype(v.dtype)
+  return run(q, k, v).swapaxes(1, 2)[:, -L:].astype(v.dtype)
 
 
-def _kernel(visible_LxL, heads, interpret):
+def _filled_up(pyramid):
+  """A pyramid's mask, filled up in front to a multiple of TILE: the last scale then begins where a tile begins."""
+  more = -pyramid.length % TILE
+  visible_MxM = np.pad(pyramid.visible_LxL, (more, 0))
+  visible_MxM[:more, 0] = True  # a query that sees nothing would divide by zero
+  return visible_MxM
+
+
+def _tile(length):
+  return 2 * TILE if length % (2 * TILE) == 0 else TILE
+
+
+def kernel_flops(pyramid, head_size):
+  """{beginning of a splash kernel's name in a compiled program: its operations for one image and head}.
+
+  By tiles of which anything is visible. Backwards, weights and their gradients are computed twice, for both kernels.
+  """
+  visible_MxM = _filled_up(pyramid)
+  tile = _tile(len(visible_MxM))
+  tiles = int(visible_MxM.reshape(-1, tile, len(visible_MxM) // tile, tile).any((1, 3)).sum())
+  product = 2 * tiles * tile**2 * head_size
+  return {'splash_mha_fwd': 2 * product, 'splash_mha_dq': 3 * product, 'splash_mha_dkv': 4 * product}
+
+
+def _kernel(visible_MxM, heads, interpret):
   """Splash attention of so many heads, each with the same mask."""
-  mask = splash_attention_mask.NumpyMask(visible_LxL)
-  tile = next(size for size in (384, 256, 128) if len(visible_LxL) % size == 0)
+  mask, tile = splash_attention_mask.NumpyMask(visible_MxM), _tile(len(visible_MxM))
   sizes = splash_attention_kernel.BlockSizes(
       block_q=tile, block_kv=tile, block_kv_compute=tile, block_q_dkv=tile, block_kv_dkv=tile,
       block_kv_dkv_compute=tile, block_q_dq=tile, block_kv_dq=tile)

@@ -35,8 +35,11 @@ class _Instruction(NamedTuple):
   rest: str  # operands and attributes
 
 
-def count(text):
-  """`Cost` of a compiled program: loops count as often as they run, of a conditional the dearest branch."""
+def count(text, kernels=None):
+  """`Cost` of a compiled program: loops count as often as they run, of a conditional the dearest branch.
+
+  kernels: {beginning of a custom call's name: FLOPs for each entry of the first two of its operands' four axes}.
+  """
   computations, entry = _parsed(text)
 
   @functools.cache
@@ -52,7 +55,7 @@ def count(text):
         flops += times * inner_flops
         moved += 0 if i.op == 'fusion' else times * inner_bytes
         sent.update({kind: times * size for kind, size in inner_sent.items()})
-      flops += _flops(i, table)
+      flops += _flops(i, table, kernels or {})
       kind = i.op.removesuffix('-start')
       if kind in COLLECTIVES:
         sent[kind] += _sent(kind, i, table)
@@ -143,13 +146,16 @@ def _size(i):
   return sum(BYTES.get(kind, 4) * math.prod(dims) for kind, dims in i.shapes)
 
 
-def _flops(i, table):
+def _flops(i, table, kernels):
   if i.op == 'dot':
     lhs = table[_operands(i)[0]].shapes[0][1]
     axes = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.rest)[1]
     return 2 * math.prod(i.shapes[0][1]) * math.prod(lhs[int(a)] for a in axes.split(',') if a)
   if i.op == 'convolution':
     return _convolution(i, table)
+  if i.op == 'custom-call' and (found := [flops for name, flops in kernels.items() if i.name.startswith(name)]):
+    shapes = [table[operand].shapes[0][1] for operand in _operands(i) if operand in table]
+    return found[0] * math.prod(next(shape for shape in shapes if len(shape) == 4)[:2])
   return 0
 
 
