@@ -144,9 +144,10 @@ def test_thirty_kills_leave_no_trace(trained, tmp_path):
     time.sleep(draw.uniform(0, 2 if kill % 5 else 10))
     for victim in draw.choice([[0], [1], [0, 1]]):
       processes[victim].kill()
-    statuses = [status for status, _ in finish(processes, timeout=150)]
+    ended = finish(processes, timeout=150)
+    statuses = [status for status, _ in ended]
     # jax itself aborts when the first process, which keeps the others together, is the one that died.
-    assert set(statuses) <= {-signal.SIGKILL, LOST, -signal.SIGABRT} and -signal.SIGKILL in statuses, statuses
+    assert set(statuses) <= {-signal.SIGKILL, LOST, -signal.SIGABRT} and -signal.SIGKILL in statuses, ended
     saved.append(max(checkpoints_of(killed), default=0))
     assert saved == sorted(saved), saved
   assert saved[-1] < 160, 'it was done before the last kill'

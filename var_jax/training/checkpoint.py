@@ -14,7 +14,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from var_jax.errors import UserError, note
-from var_jax.training import checksums
+from var_jax.training import checksums, processes
 
 
 def _parts(state):
@@ -140,6 +140,8 @@ class Checkpoints:
         yield
     except Exception as error:  # orbax reports a full disk as OSError, ValueError or its own errors
       self._saving = None
+      if processes.is_loss(error):
+        raise
       good = [s for s in self.steps() if s != step]
       reason = _first_line(error)
       raise UserError(

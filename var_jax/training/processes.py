@@ -63,11 +63,20 @@ def together():
     line = ' '.join(str(error).split())[:300]
     if isinstance(error, UserError):
       leave(line, 2)
-    if isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in line:
+    if is_loss(error):
       leave('another process died, or the network between them: start all again, they go on from what is saved '
             f'({line})')
     traceback.print_exc()
     os._exit(1)
+
+
+def is_loss(error):
+  """Whether an error says that another process, or the network between them, is gone."""
+  while error is not None:
+    if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def leave(message, status=LOST):
