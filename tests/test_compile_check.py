@@ -42,6 +42,22 @@ def test_slices_and_updates_move_what_they_touch():
   assert 2 * x.nbytes <= moved < 8 * x.nbytes, moved / x.nbytes
 
 
+def test_bytes_are_those_of_the_main_memory():
+  """What the compiler keeps in a TPU's core moves nothing: here one array comes in, and goes out again by a copy."""
+  text = '''%fused (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %sine = f32[8,128]{1,0:T(8,128)S(1)} sine(%p)
+}
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %f = f32[8,128]{1,0:T(8,128)S(1)} fusion(%a), kind=kLoop, calls=%fused
+  %g = f32[8,128]{1,0:T(8,128)S(1)} cosine(%f)
+  %s = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%g)
+  ROOT %d = f32[8,128]{1,0:T(8,128)} copy-done(%s)
+}'''
+  assert hlo.count(text).bytes == 2 * 4 * 8 * 128
+
+
 def test_kernels_count_the_tiles_that_they_visit():
   """Their own text is no HLO. 680 tokens are filled up to three tiles of 256, of whose nine pairs two are hidden."""
   counts = attention.kernel_flops(Pyramid.of((1, 2, 3, 4, 5, 6, 8, 10, 13, 16)), 64)

@@ -219,7 +219,9 @@ class Checkpoints:
     """The metadata of the newest checkpoint that has some to read, None when there is none."""
     for step in reversed(self.steps()):
       with contextlib.suppress(Exception), _quiet():  # a damaged one: `restore` says so
-        return self._stored(step)[2]
+        _, sums, metadata = self._stored(step)
+        if sums or metadata:
+          return metadata
     return None
 
 

@@ -17,7 +17,8 @@ COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'coll
 FREE = ('parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'after-all', 'while', 'conditional', 'call',
         'async-start', 'async-done', 'async-update', 'copy-done', 'opt-barrier', 'partition-id', 'iota')
 LINE = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$')
-SHAPE = re.compile(r'([a-z]\w*)\[([\d,]*)\]')
+SHAPE = re.compile(r'([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
+ON_CHIP = 'S(1)'  # in a layout: the array lies in the memory of a TPU's core, where the compiler put it to save traffic
 
 
 class Cost(NamedTuple):
@@ -31,6 +32,7 @@ class Cost(NamedTuple):
 class _Instruction(NamedTuple):
   name: str
   shapes: list  # of its result: [(type, dimensions)], several for a tuple
+  memory: float  # bytes of those that lie in the main memory
   op: str
   rest: str  # operands and attributes
 
@@ -68,14 +70,16 @@ def count(text, kernels=None):
 
 
 def _moved(i, table, computations):
-  """Bytes that an instruction reads and writes; of slices, and of updates in place, only what is sliced or updated."""
+  """Bytes of main memory that an instruction reads and writes; of slices and updates in place, only what they touch."""
   operands = [table[operand] for operand in _operands(i) if operand in table]
   if i.op == 'dynamic-slice':
-    return 2 * _size(i)
+    return 2 * i.memory
   if i.op == 'dynamic-update-slice':
-    return 2 * _size(operands[1])
+    return 2 * operands[1].memory
+  if i.op == 'copy-start':  # whose result names the source once more
+    return operands[0].memory + _bytes(i.shapes[:1]) * (operands[0].memory == 0)
   if i.op != 'fusion':
-    return _size(i) + sum(map(_size, operands))
+    return i.memory + sum(operand.memory for operand in operands)
   inside = computations[re.search(r'calls=%?([\w.\-]+)', i.rest)[1]]
   names, users = {x.name: x for x in inside}, collections.defaultdict(list)
   for x in inside:
@@ -85,13 +89,13 @@ def _moved(i, table, computations):
   for x in inside:
     if x.op == 'dynamic-update-slice':
       updated += _size(x) - _size(names[_operands(x)[1]])
-    if x.op != 'parameter':
+    if x.op != 'parameter' or not x.memory:
       continue
     if users[x.name] and all(user.op == 'dynamic-slice' and not place for user, place in users[x.name]):
       total += sum(_size(user) for user, _ in users[x.name])
     elif not all(user.op == 'dynamic-update-slice' and not place for user, place in users[x.name]):
-      total += _size(x)
-  return total + max(_size(i) - updated, 0)
+      total += x.memory
+  return total + max(i.memory - updated, 0)
 
 
 def _parsed(text):
@@ -106,8 +110,10 @@ def _parsed(text):
       current = None
     elif current is not None and (match := LINE.match(line)):
       name, shape, op, rest = match.groups()
-      shapes = [(kind, tuple(int(d) for d in dims.split(',') if d)) for kind, dims in SHAPE.findall(shape)]
-      computations[current].append(_Instruction(name, shapes, op, rest))
+      found = [((kind, tuple(int(d) for d in dims.split(',') if d)), layout)
+               for kind, dims, layout in SHAPE.findall(shape)]
+      memory = _bytes(shape for shape, layout in found if ON_CHIP not in layout)
+      computations[current].append(_Instruction(name, [shape for shape, _ in found], memory, op, rest))
   return computations, entry
 
 
@@ -143,7 +149,12 @@ def _operands(i):
 
 
 def _size(i):
-  return sum(BYTES.get(kind, 4) * math.prod(dims) for kind, dims in i.shapes)
+  """Bytes of a result, wherever they lie."""
+  return _bytes(i.shapes)
+
+
+def _bytes(shapes):
+  return sum(BYTES.get(kind, 4) * math.prod(dims) for kind, dims in shapes)
 
 
 def _flops(i, table, kernels):
