@@ -15,9 +15,9 @@ def of(tree):
   parts, here = [], []
   with jax.set_mesh(NO_MESH):
     for _, leaf in named:
-      leaf = jnp.asarray(leaf)
-      parts.append(_parts(leaf))
-      here.append(leaf.is_fully_addressable)
+      on_device = isinstance(leaf, jax.Array)
+      parts.append(_parts(leaf) if on_device else _slices(np.asarray(leaf)))
+      here.append(not on_device or leaf.is_fully_addressable)
   sums = np.array([sum(map(int, each)) % 2**32 for each in parts], np.uint32)
   if not all(here):  # one message between the processes: on CPUs they confuse many small ones
     sums = np.where(here, sums, multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32))
@@ -33,9 +33,21 @@ def check(tree, wanted):
 
 def _parts(x):
   """The sums of those parts of an array that this process has, copies left out."""
-  strides = np.array([np.prod(x.shape[axis + 1:], dtype=np.int64) % 2**32 for axis in range(x.ndim)], np.uint32)
   starts = lambda index: np.array([part.start or 0 for part in index], np.uint32)
-  return [_sum(shard.data, starts(shard.index), strides) for shard in x.addressable_shards if not shard.replica_id]
+  return [_sum(shard.data, starts(shard.index), _strides(x)) for shard in x.addressable_shards if not shard.replica_id]
+
+
+def _slices(x):
+  """The sums of some slices of an array of this process, one after the other: it may be half as large as the memory."""
+  if not x.ndim:
+    return [_sum(x, np.zeros(0, np.uint32), _strides(x))]
+  step = max(1, -(-len(x) // 32))
+  starts = (np.array([start] + [0] * (x.ndim - 1), np.uint32) for start in range(0, len(x), step))
+  return [int(_sum(x[int(start[0]):][:step], start, _strides(x))) for start in starts]
+
+
+def _strides(x):
+  return np.array([np.prod(x.shape[axis + 1:], dtype=np.int64) % 2**32 for axis in range(x.ndim)], np.uint32)
 
 
 @jax.jit
