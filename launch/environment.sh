@@ -26,6 +26,21 @@ run() {
   echo "${line% }" >&3
 }
 
+# read_training ARGUMENT...: sets `workdir` to that of a training, or to nothing; refuses what no training can do with.
+# shellcheck disable=SC2034  # who calls it reads the workdir
+read_training() {
+  local argument config=''
+  workdir=''
+  for argument; do
+    case $argument in
+      --config=?*) config=$argument ;;
+      --workdir=?*) workdir=${argument#*=} ;;
+      --distributed*) error "$argument is set by this script: leave it out" ;;
+    esac
+  done
+  [ -n "$config" ] || error 'the config is missing: write --config=FILE.py:STAGE after --'
+}
+
 # install_var_jax WHAT: makes .venv when missing and installs WHAT ('.' or '.[extra]') into it, unless that was done.
 install_var_jax() {
   local python=${PYTHON:-python3}

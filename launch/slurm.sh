@@ -51,15 +51,7 @@ done
 [ -n "$nodes" ] && [ -n "$gpus" ] || error '--nodes or --gpus is missing: give both'
 [ $# -gt 1 ] || error 'the arguments of training are missing: write -- --config=FILE.py:STAGE --workdir=DIR'
 shift
-config='' workdir=''
-for argument; do
-  case $argument in
-    --config=?*) config=$argument ;;
-    --workdir=?*) workdir=${argument#*=} ;;
-    --distributed*) error "$argument is set by this script: leave it out" ;;
-  esac
-done
-[ -n "$config" ] || error 'the config is missing: write --config=FILE.py:STAGE after --'
+read_training "$@"
 [ -n "$workdir" ] || error 'the workdir is missing: write --workdir=DIR after --, on storage that all nodes see'
 [[ $workdir != *://* ]] || error "--workdir=$workdir is no path: give one on storage that all nodes see"
 

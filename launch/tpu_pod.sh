@@ -93,15 +93,8 @@ runtime_version() {
 }
 
 check_training() {
-  local argument config='' workdir=''
-  for argument; do
-    case $argument in
-      --config=?*) config=$argument ;;
-      --workdir=?*) workdir=${argument#*=} ;;
-      --distributed*) error "$argument is set by this script: leave it out" ;;
-    esac
-  done
-  [ -n "$config" ] || error 'the config is missing: write --config=FILE.py:STAGE after --'
+  local workdir
+  read_training "$@"
   case $workdir in
     *://*) error "--workdir=$workdir is no path: mount the bucket with --mount=BUCKET:/DIR, write --workdir=/DIR/..." ;;
     /*) ;;
