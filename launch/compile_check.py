@@ -2,12 +2,14 @@
 
 python launch/compile_check.py --config=experiments/imagenet256.py:generator,depth=16 --topology=v5e:4x4
 Needs no accelerator, but `pip install -e '.[tpu]'`. Settings are changed as in training: --config.remat=dots
---config.mesh.fsdp=16 --config.accumulate=2. Exit status 1 when it does not fit. `--platform=cuda` lowers for GPUs
-instead, which shows that the program can be built for them and no more.
+--config.accumulate=2; `--fit` finds the smallest accumulate that fits. Exit status 1 when it does not fit: 90 % of a
+chip's memory are to be enough. `--platform=cuda` lowers for GPUs instead, which shows that the program can be built
+for them and no more.
 """
 
 import json
 import os
+import re
 import sys
 import time
 from typing import NamedTuple
@@ -30,6 +32,7 @@ from var_jax.training import hlo, loop
 from var_jax.training import mesh as mesh_lib
 
 GIB = 2**30
+USABLE = 0.9  # of a chip's memory
 
 
 class Chip(NamedTuple):
@@ -54,6 +57,7 @@ def main(arguments):
   parser.add_argument('--platform', choices=['tpu', 'cuda'], default='tpu')
   parser.add_argument('--program', choices=['train', 'sample'], default='train')
   parser.add_argument('--per_device', type=int, default=8, metavar='N', help='images for the sampler (default 8)')
+  parser.add_argument('--fit', action='store_true', help='more and more config.accumulate, until the step fits')
   parser.add_argument('--json', action='store_true', help='one line of JSON in place of the table')
   options, overrides = parser.parse_known_args(arguments)
   config = flags.read_config(options.config, overrides)
@@ -64,9 +68,13 @@ def main(arguments):
   kind = options.topology.partition(':')[0]
   if kind not in CHIPS:
     raise UserError(f'--topology={options.topology}: the chip must be one of {", ".join(CHIPS)}, as in v5e:4x4')
-  found = check(config, options, CHIPS[kind])
+  for config.accumulate in accumulations(config, options):
+    found = check(config, options, CHIPS[kind])
+    if found['fits']:
+      break
   if options.json:
-    print(json.dumps({'config': options.config, 'topology': options.topology, 'program': options.program} | found))
+    told = {'config': options.config, 'topology': options.topology, 'program': options.program}
+    print(json.dumps(told | {name: config[name] for name in ('accumulate', 'remat', 'dtype')} | found))
   else:
     show(found)
   return 0 if found['fits'] else 1
@@ -80,6 +88,16 @@ def devices_of(topology):
   except Exception as error:  # whatever libtpu raises, and its absence
     raise UserError(f'--topology={topology} cannot be had ({str(error).splitlines()[0][:200]}): use one such as '
                     "v5e:4x4, and pip install -e '.[tpu]'") from error
+
+
+def accumulations(config, options):
+  """The config's `accumulate`, and with --fit larger ones that share the batch evenly, twice as large or so each."""
+  found, mesh = [config.accumulate], mesh_lib.make_mesh(devices_of(options.topology), **config.mesh)
+  images, left = divmod(config.batch_size, mesh_lib.batch_parts(mesh))
+  if options.fit and options.program == 'train' and not left:
+    for more in range(2 * config.accumulate, images + 1):
+      found += [more] if images % more == 0 and more >= 2 * found[-1] else []
+  return found
 
 
 def program(config, options, devices):
@@ -143,14 +161,15 @@ def check(config, options, chip):
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    return {'fits': False, 'why': ' '.join(str(error).split())[:300]}
+    used = re.search(r'Used ([\d.]+)G', str(error))
+    return {'fits': False, 'needs_gib': float(used[1]) if used else None, 'why': ' '.join(str(error).split())[:200]}
   memory, cost, n = compiled.memory_analysis(), hlo.count(compiled.as_text(), kernels), len(devices)
   peak = memory.peak_memory_in_bytes
   times = {'compute': cost.flops / chip.flops, 'memory': cost.bytes / chip.memory_rate,
            'network': sum(cost.sent.values()) / chip.link_rate}
   bound = max(times, key=times.get)
   return {
-      'fits': peak <= chip.memory, 'chips': n, 'images': images, 'peak_gib': peak / GIB,
+      'fits': peak <= USABLE * chip.memory, 'chips': n, 'images': images, 'peak_gib': peak / GIB,
       'share_of_memory': peak / chip.memory, 'arguments_gib': memory.argument_size_in_bytes / GIB,
       'temporaries_gib': memory.temp_size_in_bytes / GIB, 'tflops': cost.flops / 1e12,
       'ideal_tflops': ideal / n / 1e12, 'over_ideal': cost.flops / (ideal / n), 'gib_moved': cost.bytes / GIB,

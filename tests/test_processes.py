@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 from tiny_runs import ROOT, differing, metrics_of, train_both
@@ -64,8 +66,11 @@ def checkpoints_of(workdir):
 
 
 def restored(workdir):
-  """Everything in the newest checkpoint, as it was stored."""
-  return ocp.load(workdir / 'checkpoints' / str(max(checkpoints_of(workdir))), checkpointable_name='training')
+  """Everything in the newest checkpoint, on one device, however many processes stored it."""
+  path, here = workdir / 'checkpoints' / str(max(checkpoints_of(workdir))), SingleDeviceSharding(jax.devices()[0])
+  like = lambda name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+                                   ocp.metadata(path, checkpointable_name=name).metadata)
+  return {name: ocp.load(path, like(name), checkpointable_name=name) for name in ('model', 'training')}
 
 
 def numbers(workdir):

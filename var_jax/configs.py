@@ -28,7 +28,7 @@ def _common(stage):
       steps=0,               # 0: from epochs
       epochs=0.0,
       mesh=dict(data=-1, fsdp=1, tensor=1),  # devices along each axis, -1 for the rest; see training/mesh.py
-      remat='none',          # what the backward pass computes again: none, dots (attention and pointwise) or all
+      remat='none',          # what the backward pass computes again: none, pointwise, dots (attention too) or all
       dtype='float32',       # of activations: float32 or bfloat16; parameters and sums stay float32
       start_from='',         # a workdir whose parameters the run begins with, adapted to other classes and scales
       freeze='',             # parameters that stay as they are: patterns such as 'word_embed/*,blocks/attention/*'
@@ -170,10 +170,15 @@ def run_locally(config, **changes):
 
 
 def on_imagenet(config, runlocal):
-  """Points a config at ImageNet; runlocal: small networks of the same make on the digits, enlarged to 64 px."""
+  """Points a config at ImageNet and at pods, where all chips together keep one copy of a generator and each has its own
+  of a tokenizer, which is small. runlocal: small networks of the same make on the digits, enlarged to 64 px.
+  """
   config.data.source = 'tfds'
   config.update(eval_every=5000, eval_images=10000, pictures_every=5000, checkpoint_every=2500)
   if not runlocal:
+    config.update(dtype='bfloat16', remat='pointwise')
+    if config.stage == 'generator':
+      config.mesh.update(data=1, fsdp=-1)
     return config
   config.data.source = 'digits'
   if config.stage == 'tokenizer':

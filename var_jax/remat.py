@@ -3,9 +3,20 @@
 import flax.linen as nn
 import jax
 
+ATTENTION = 'attention'  # `checkpoint_name` of what attention's backward pass needs beside queries, keys and values
+
+
+def _products(primitive, *inputs, **parameters):
+  """Keeps products with parameters, and convolutions."""
+  return primitive.name == 'conv_general_dilated' or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
+      primitive, *inputs, **parameters)
+
+
 POLICIES = {
     'none': None,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # kept: products with parameters; not attention
+    'pointwise': jax.checkpoint_policies.save_from_both_policies(  # kept: all products; norms, GELU and sums are not
+        _products, jax.checkpoint_policies.save_only_these_names(ATTENTION)),
+    'dots': _products,  # of attention, nothing is kept
     'all': jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -8,9 +8,11 @@ leaves out blocks that are hidden. auto: what suits the devices.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from var_jax import axes
+from var_jax.remat import ATTENTION
 
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'splash')
 LEAST_QUERIES = 64  # coarse scales are taken together until there are so many; a mask hides the finer ones among them
@@ -68,6 +70,7 @@ def _by_ranges(core, q, k, v, pyramid, length_axis):
 
 def _softmax(q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, mask=None):
   scores_BxHxLxM = jnp.einsum('bhld,bhmd->bhlm', q_BxHxLxDh, k_BxHxMxDh, preferred_element_type=jnp.float32)
+  scores_BxHxLxM = checkpoint_name(scores_BxHxLxM, ATTENTION)
   if mask is not None:
     scores_BxHxLxM = jnp.where(mask, scores_BxHxLxM, -jnp.inf)
   weights_BxHxLxM = jax.nn.softmax(scores_BxHxLxM, axis=-1).astype(v_BxHxMxDh.dtype)
@@ -110,13 +113,13 @@ def _tile(length):
 def kernel_flops(pyramid, head_size):
   """{beginning of a splash kernel's name in a compiled program: its operations for one image and head}.
 
-  By tiles of which anything is visible. Backwards, weights and their gradients are computed twice, for both kernels.
+  By tiles of which anything is visible. Backwards, the weights are computed once more.
   """
   visible_MxM = _filled_up(pyramid)
   tile = _tile(len(visible_MxM))
   tiles = int(visible_MxM.reshape(-1, tile, len(visible_MxM) // tile, tile).any((1, 3)).sum())
   product = 2 * tiles * tile**2 * head_size
-  return {'splash_mha_fwd': 2 * product, 'splash_mha_dq': 3 * product, 'splash_mha_dkv': 4 * product}
+  return {'splash_mha_fwd': 2 * product, 'splash_mha_dkv': 5 * product}
 
 
 def _kernel(visible_MxM, heads, interpret):
@@ -124,7 +127,7 @@ def _kernel(visible_MxM, heads, interpret):
   mask, tile = splash_attention_mask.NumpyMask(visible_MxM), _tile(len(visible_MxM))
   sizes = splash_attention_kernel.BlockSizes(
       block_q=tile, block_kv=tile, block_kv_compute=tile, block_q_dkv=tile, block_kv_dkv=tile,
-      block_kv_dkv_compute=tile, block_q_dq=tile, block_kv_dq=tile)
+      block_kv_dkv_compute=tile, use_fused_bwd_kernel=True)
   return splash_attention_kernel.make_splash_mha(
       splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-      interpret=interpret)
+      residual_checkpoint_name=ATTENTION, interpret=interpret)

@@ -12,12 +12,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from var_jax.axes import BATCH, TENSOR, constrain
+from var_jax.axes import BATCH, TENSOR, constrain, gathered
 from var_jax.generator.attention import attend
 from var_jax.pyramid import Pyramid
 from var_jax.remat import rematerialized
 
 MAX_LOG_SCALE = math.log(100)
+
+
+def gathering(*axes):
+  """A product whose kernel is put together for it, see `axes.gathered`."""
+  return lambda x, kernel, *how, **more: jax.lax.dot_general(x, gathered(kernel, axes), *how, **more)
+
+
+WHOLE, COLUMNS, ROWS = gathering(None), gathering(None, TENSOR), gathering(TENSOR)
 
 
 class Dense(nn.Dense):
@@ -72,7 +80,8 @@ class Attention(nn.Module):
     B, L, D = x_BxLxD.shape
     normal = nn.initializers.normal
     # Queries, keys and values have a dimension of their own, so that `tensor` can split each of them by heads.
-    qkv = nn.DenseGeneral((3, D), use_bias=False, dtype=self.dtype, kernel_init=normal(self.init_std), name='qkv')
+    qkv = nn.DenseGeneral((3, D), use_bias=False, dtype=self.dtype, kernel_init=normal(self.init_std), name='qkv',
+                         dot_general=gathering(None, None, TENSOR))
     qkv_Nx3xD = qkv(x_BxLxD.reshape(-1, D))
     q_bias, v_bias = (self.param(name, nn.initializers.zeros, (D,), jnp.float32) for name in ('q_bias', 'v_bias'))
     qkv_Nx3xD += jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
@@ -89,7 +98,8 @@ class Attention(nn.Module):
       k, v = (jnp.concatenate([*(p[i] for p in past), new[i]], axis=1) for i in range(2))
     out = attend(q.astype(self.dtype), k, v, self.pyramid if past is None else None, self.implementation)
     out = constrain(out.reshape(B, L, D), BATCH, None, TENSOR)
-    return Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), name='proj')(out), new
+    proj = Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), dot_general=ROWS, name='proj')
+    return proj(out), new
 
 
 class Block(nn.Module):
@@ -122,7 +132,8 @@ class Block(nn.Module):
       chunks_Bx6xD = cond + offsets_6xD.astype(self.dtype)
     else:
       init = adaln_init(self.init_std, D, self.adaln_scale, self.adaln_gamma)
-      chunks_Bx6xD = Dense(6 * D, dtype=self.dtype, kernel_init=init, name='adaln')(nn.silu(cond)).reshape(-1, 6, D)
+      adaln = Dense(6 * D, dtype=self.dtype, kernel_init=init, dot_general=ROWS, name='adaln')
+      chunks_Bx6xD = adaln(nn.silu(cond)).reshape(-1, 6, D)
     chunks_Bx6xD = constrain(chunks_Bx6xD, BATCH)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = (chunks_Bx6xD[:, i, None] for i in range(6))
 
@@ -135,9 +146,10 @@ class Block(nn.Module):
 
     h = (layer_norm(x_BxLxD) * (scale2 + 1) + shift2).astype(self.dtype)
     normal = nn.initializers.normal
-    h = Dense(round(D * self.mlp_ratio), dtype=self.dtype, kernel_init=normal(self.init_std), name='fc1')(h)
-    h = constrain(h, BATCH, None, TENSOR)
-    h = Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), name='fc2')(nn.gelu(h, approximate=True))
+    fc1 = Dense(round(D * self.mlp_ratio), dtype=self.dtype, kernel_init=normal(self.init_std), dot_general=COLUMNS,
+                name='fc1')
+    fc2 = Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), dot_general=ROWS, name='fc2')
+    h = fc2(nn.gelu(constrain(fc1(h), BATCH, None, TENSOR), approximate=True))
     x_BxLxD = constrain(x_BxLxD + self._drop_path(h * gamma2, keep_2xB, 1), BATCH)
     return x_BxLxD, (None if past is None else new)
 
@@ -173,13 +185,13 @@ class Generator(nn.Module):
   def setup(self):
     D, std = self.width or 64 * self.depth, self.init_std
     normal = nn.initializers.normal
-    self.word_embed = Dense(D, dtype=self.dtype, kernel_init=normal(std))
+    self.word_embed = Dense(D, dtype=self.dtype, kernel_init=normal(std), dot_general=WHOLE)
     self.class_embedding = self.param('class_embedding', normal(std), (self.classes + 1, D), jnp.float32)
     self.level_embedding = self.param('level_embedding', normal(std), (len(self.pyramid), D), jnp.float32)
     self.position = self.param('position', normal(std), (self.pyramid.length, D), jnp.float32)
     self.start = self.param('start', normal(std), (self.pyramid.sizes[0], D), jnp.float32)
     if self.shared_adaln:
-      self.shared = Dense(6 * D, dtype=self.dtype, kernel_init=normal(std))
+      self.shared = Dense(6 * D, dtype=self.dtype, kernel_init=normal(std), dot_general=ROWS)
     scanned = nn.scan(
         rematerialized(Block, self.remat, prevent_cse=False), variable_axes={'params': 0},
         split_rngs={'params': True}, length=self.depth, in_axes=(0, 0, nn.broadcast), out_axes=0)
@@ -187,8 +199,9 @@ class Generator(nn.Module):
         D, self.heads or self.depth, self.mlp_ratio, self.normalize_qk, self.shared_adaln, std,
         std / math.sqrt(2 * self.depth), self.adaln_scale, self.adaln_gamma, self.pyramid, self.attention,
         self.dtype)
-    self.head_adaln = Dense(2 * D, dtype=jnp.float32, kernel_init=normal(std * self.adaln_scale))
-    self.head = Dense(self.codes, dtype=jnp.float32, kernel_init=normal(std * self.head_scale))
+    self.head_adaln = Dense(
+        2 * D, dtype=jnp.float32, kernel_init=normal(std * self.adaln_scale), dot_general=WHOLE)
+    self.head = Dense(self.codes, dtype=jnp.float32, kernel_init=normal(std * self.head_scale), dot_general=COLUMNS)
 
   @property
   def init_std(self):

@@ -45,9 +45,8 @@ class GeneratorStage:
 
   def train_step(self, state, batch):
     """(state, metrics) after one step. Pure."""
-    encoded = self.encode_batch(state, batch)
-    loss = lambda params, part, key: self._loss(params, part, key, state.step)
-    grads, metrics = accumulated(loss, state.params, encoded, state.step_key, self.config.accumulate)
+    loss = lambda params, part, key: self._loss(params, self.encode_batch(state, part), key, state.step)
+    grads, metrics = accumulated(loss, state.params, batch, state.step_key, self.config.accumulate)
     state, more = state.updated(grads, self.optimizer, ema_decay=self.config.ema)
     return state, metrics | more
 

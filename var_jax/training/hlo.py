@@ -18,7 +18,7 @@ FREE = ('parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'after
         'async-start', 'async-done', 'async-update', 'copy-done', 'opt-barrier', 'partition-id', 'iota')
 LINE = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$')
 SHAPE = re.compile(r'([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
-ON_CHIP = 'S(1)'  # in a layout: the array lies in the memory of a TPU's core, where the compiler put it to save traffic
+OFF_MAIN = re.compile(r'S\([1-9]\)')  # in a layout: the array lies in a memory of a TPU's core, which saves traffic
 
 
 class Cost(NamedTuple):
@@ -56,46 +56,63 @@ def count(text, kernels=None):
       for inner_flops, inner_bytes, inner_sent in costs:
         flops += times * inner_flops
         moved += 0 if i.op == 'fusion' else times * inner_bytes
-        sent.update({kind: times * size for kind, size in inner_sent.items()})
+        for key, size in inner_sent.items():
+          # One that goes on beside other work stands in the fusions of that work as well as in its own.
+          sent[key] = max(sent[key], size) if i.op == 'fusion' else sent[key] + times * size
       flops += _flops(i, table, kernels or {})
       kind = i.op.removesuffix('-start')
       if kind in COLLECTIVES:
-        sent[kind] += _sent(kind, i, table)
+        channel = re.search(r'channel_id=(\d+)', i.rest)
+        sent[kind, channel[1] if channel else i.name] += _sent(kind, i, table)
       if i.op not in FREE and not i.op.endswith('-done'):
         moved += _moved(i, table, computations)
     return flops, moved, sent
 
   flops, moved, sent = cost(entry)
-  return Cost(flops, moved, dict(sent))
+  kinds = collections.Counter()
+  for (kind, _), size in sent.items():
+    kinds[kind] += size
+  return Cost(flops, moved, dict(kinds))
 
 
 def _moved(i, table, computations):
   """Bytes of main memory that an instruction reads and writes; of slices and updates in place, only what they touch."""
   operands = [table[operand] for operand in _operands(i) if operand in table]
-  if i.op == 'dynamic-slice':
+  if i.op in ('dynamic-slice', 'slice'):
     return 2 * i.memory
   if i.op == 'dynamic-update-slice':
     return 2 * operands[1].memory
-  if i.op == 'copy-start':  # whose result names the source once more
-    return operands[0].memory + _bytes(i.shapes[:1]) * (operands[0].memory == 0)
+  if i.op in ('copy-start', 'slice-start'):  # whose result names the source once more
+    return _bytes(i.shapes[1:2]) * (operands[0].memory > 0) + max(i.memory - operands[0].memory, 0)
+  if i.op == 'custom-call' and 'custom_call_target="AllocateBuffer"' in i.rest:
+    return 0
   if i.op != 'fusion':
     return i.memory + sum(operand.memory for operand in operands)
-  inside = computations[re.search(r'calls=%?([\w.\-]+)', i.rest)[1]]
-  names, users = {x.name: x for x in inside}, collections.defaultdict(list)
-  for x in inside:
-    for place, operand in enumerate(_operands(x)):
-      users[operand].append((x, place))
-  total, updated = 0, 0
-  for x in inside:
-    if x.op == 'dynamic-update-slice':
-      updated += _size(x) - _size(names[_operands(x)[1]])
-    if x.op != 'parameter' or not x.memory:
-      continue
-    if users[x.name] and all(user.op == 'dynamic-slice' and not place for user, place in users[x.name]):
-      total += sum(_size(user) for user, _ in users[x.name])
-    elif not all(user.op == 'dynamic-update-slice' and not place for user, place in users[x.name]):
-      total += x.memory
-  return total + max(i.memory - updated, 0)
+  name = re.search(r'calls=%?([\w.\-]+)', i.rest)[1]
+  inside = {x.name: x for x in computations[name]}
+  updated = sum(_size(x) - _size(inside[_operands(x)[1]]) for x in inside.values() if x.op == 'dynamic-update-slice')
+  read = sum(_read(x, computations[name], computations) for x in inside.values() if x.op == 'parameter' and x.memory)
+  return read + max(i.memory - updated, 0)
+
+
+def _read(x, computation, computations):
+  """Bytes of x that a fusion's computation needs: a slice, where it uses nothing else; nothing, to update in place."""
+  total = 0
+  for user in computation:
+    for place, operand in enumerate(_operands(user)):
+      if operand != x.name:
+        continue
+      if user.op in ('dynamic-slice', 'slice') and not place:
+        total += _size(user)
+      elif user.op == 'bitcast':
+        total += _read(user, computation, computations)
+      elif user.op == 'fusion':
+        inner = computations[re.search(r'calls=%?([\w.\-]+)', user.rest)[1]]
+        parameter = next(p for p in inner if p.op == 'parameter' and p.rest.startswith(f'{place})'))
+        total += _read(parameter, inner, computations)
+      elif user.op != 'dynamic-update-slice' or place:
+        return _size(x)
+  return min(total, _size(x))
 
 
 def _parsed(text):
@@ -106,13 +123,13 @@ def _parsed(text):
       current = re.match(r'(?:ENTRY )?%?([\w.\-]+)', line)[1]
       computations[current] = []
       entry = current if line.startswith('ENTRY') else entry
-    elif line.startswith('}'):
+    elif line.rstrip() == '}':  # `}}, metadata=…` goes on with the instruction of a kernel
       current = None
     elif current is not None and (match := LINE.match(line)):
       name, shape, op, rest = match.groups()
       found = [((kind, tuple(int(d) for d in dims.split(',') if d)), layout)
                for kind, dims, layout in SHAPE.findall(shape)]
-      memory = _bytes(shape for shape, layout in found if ON_CHIP not in layout)
+      memory = _bytes(shape for shape, layout in found if not OFF_MAIN.search(layout))
       computations[current].append(_Instruction(name, [shape for shape, _ in found], memory, op, rest))
   return computations, entry
 
@@ -122,7 +139,7 @@ def _inner(i, computations):
   if i.op == 'while':
     body, condition = re.search(r'body=%?([\w.\-]+)', i.rest)[1], re.search(r'condition=%?([\w.\-]+)', i.rest)[1]
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
-    return (int(known[1]) if known else _trips(computations[condition])), [body]
+    return (int(known[1]) if known else _trips(computations[condition], computations[body])), [body]
   if i.op == 'conditional':
     branches = re.search(r'branch_computations=\{([^}]*)\}', i.rest)
     names = branches[1].split(',') if branches else re.findall(r'(?:true|false)_computation=%?([\w.\-]+)', i.rest)
@@ -132,11 +149,23 @@ def _inner(i, computations):
   return 1, []
 
 
-def _trips(condition):
-  """How often a loop runs whose condition compares a counter from 0 with a constant."""
-  constants = [int(i.rest.split(')')[0]) for i in condition if i.op == 'constant' and i.shapes[0][1] == ()
-               and i.rest.split(')')[0].isdecimal()]
-  return max(constants, default=1)
+def _trips(condition, body):
+  """How often a loop runs whose condition compares a counter from 0 with a constant; an unrolled one counts in twos."""
+  end, names = max(_constants(condition).values(), default=1), {i.name: i for i in condition}
+  counters = [re.search(r'index=(\d+)', names[operand].rest) for i in condition if i.op in ('compare', 'fusion')
+              for operand in _operands(i) if operand in names and names[operand].op == 'get-tuple-element']
+  if not counters:
+    return end
+  names, numbers = {i.name: i for i in body}, _constants(body)
+  counter = names[_operands(body[-1])[int(counters[0][1])]]
+  steps = [numbers[operand] for operand in _operands(counter) if operand in numbers]
+  return math.ceil(end / steps[0]) if counter.op == 'add' and steps else end
+
+
+def _constants(computation):
+  """{name: value} of its whole numbers."""
+  return {i.name: int(i.rest.split(')')[0]) for i in computation if i.op == 'constant' and i.shapes[0][1] == ()
+          and i.rest.split(')')[0].isdecimal()}
 
 
 def _operands(i):
@@ -176,7 +205,7 @@ def _convolution(i, table):
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', i.rest)
   out = i.shapes[0][1]
   window = dict(re.findall(r'(\w+)=([\dx_\-]+)', (re.search(r'window=\{([^}]*)\}', i.rest) or [None, ''])[1]))
-  spatial = [letter for letter in labels[3] if letter.isdigit()]
+  spatial = sorted(letter for letter in labels[3] if letter.isdigit())
   values = lambda name: [int(v) for v in window[name].split('x')] if name in window else [1] * len(spatial)
   pads = ([tuple(map(int, p.split('_'))) for p in window['pad'].split('x')] if 'pad' in window
           else [(0, 0)] * len(spatial))
@@ -208,6 +237,9 @@ def _group(rest):
   """How many devices take part together."""
   if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', rest):
     return int(match[2])
+  if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    sizes = dict(re.findall(r"('[^']*')=(\d+)", match[1]))
+    return math.prod(int(sizes[axis.strip()]) for axis in match[2].split(','))
   if match := re.search(r'replica_groups=\{\{([\d,]+)\}', rest):
     return match[1].count(',') + 1
   return 1

@@ -2,7 +2,8 @@
 
 Batches are split over `data` and `fsdp`. Of the parameters, and of all that is shaped like them (optimizer, average),
 some are split over `tensor` by TENSOR_RULES, and kernels over `fsdp` along the largest dimension that it divides;
-tables and vectors, a small part, are replicated. XLA derives the collectives.
+tables and vectors, a small part, are replicated, and so are networks that are not trained (FROZEN), which have neither
+gradients nor moments. XLA derives the collectives.
 """
 
 import math
@@ -21,6 +22,7 @@ TENSOR_RULES = (
     (r'(qkv/kernel|q_bias|v_bias|log_scale|fc1/kernel|fc1/bias|head/kernel|head/bias)$', -1),
     (r'(attention/proj/kernel|fc2/kernel|adaln/kernel|shared/kernel)$', -2),
 )
+FROZEN = re.compile(r'^(tokenizer|lpips)/')  # of `stage.frozen`, and of what a workdir's model is made of
 STACKED = re.compile(r'(^|/)blocks/')  # the first dimension counts blocks, which are taken one at a time
 
 
@@ -81,13 +83,12 @@ def batch_parts(mesh):
 def spec_of(name, shape, mesh):
   """PartitionSpec of a parameter 'blocks/attention/qkv/kernel', or of a moment or average of the same shape."""
   spec, first = [None] * len(shape), 1 if STACKED.search(name) else 0
+  if FROZEN.search(name):
+    return PartitionSpec(*spec)
   for pattern, axis in TENSOR_RULES:
     if re.search(pattern, name) and len(shape) >= -axis and shape[axis] % mesh.shape['tensor'] == 0:
-      spec[axis] = 'tensor' if mesh.shape['tensor'] > 1 else None
-  free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % mesh.shape['fsdp'] == 0]
-  if mesh.shape['fsdp'] > 1 and name.endswith('kernel') and free:
-    spec[max(free, key=lambda i: (shape[i], i))] = 'fsdp'
-  return PartitionSpec(*spec)
+      spec[axis] = axes.TENSOR if mesh.shape['tensor'] > 1 else None
+  return PartitionSpec(*(axes.with_fsdp(shape, spec, mesh.shape['fsdp'], first) if name.endswith('kernel') else spec))
 
 
 def shardings(tree, mesh):
