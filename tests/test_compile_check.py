@@ -72,6 +72,76 @@ def test_kernels_count_the_tiles_that_they_visit():
   assert hlo.count(text, counts).flops == 4 * 8 * 2 * product and hlo.count(text).flops == 0
 
 
+def test_loops_of_compiled_programs_are_understood():
+  """One whose counter goes up in twos, and a kernel in its body whose text takes several lines."""
+  text = '''%condition (p: (s32[], f32[8,8])) -> pred[] {
+  %p = (s32[], f32[8,8]) parameter(0)
+  %end = s32[] constant(8)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+%body (p.1: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %p.1 = (s32[], f32[8,8]) parameter(0)
+  %two = s32[] constant(2)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%p.1), index=1
+  %kernel.1 = f32[8,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={metadata={
+"block": "8"
+}}, metadata={op_name="kernel"}
+  %product = f32[8,8]{1,0} dot(%kernel.1, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %next = s32[] add(%i.1, %two)
+  ROOT %out = (s32[], f32[8,8]) tuple(%next, %product)
+}
+ENTRY %main (a: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %a = (s32[], f32[8,8]) parameter(0)
+  ROOT %loop = (s32[], f32[8,8]) while(%a), condition=%condition, body=%body
+}'''
+  assert hlo.count(text).flops == 4 * 2 * 8**3
+
+
+def test_slices_inside_fusions_are_all_that_is_read():
+  """Through a bitcast and a fusion in the fusion; a buffer that is only allocated moves nothing."""
+  text = '''%inner (q: f32[64,128], j: s32[]) -> f32[1,128] {
+  %q = f32[64,128]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,128]{1,0} dynamic-slice(%q, %j, %zero), dynamic_slice_sizes={1,128}
+}
+%outer (p: f32[8,8,128], i: s32[]) -> f32[1,128] {
+  %p = f32[8,8,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %flat = f32[64,128]{1,0} bitcast(%p)
+  ROOT %row = f32[1,128]{1,0} fusion(%flat, %i), kind=kLoop, calls=%inner
+}
+ENTRY %main (a: f32[8,8,128], b: s32[]) -> f32[1,128] {
+  %a = f32[8,8,128]{2,1,0} parameter(0)
+  %b = s32[] parameter(1)
+  %room = f32[8,8,128]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %start = (f32[8,8,128]{2,1,0}, f32[1,8,128]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:1], [0:8], [0:128]}
+  ROOT %row.1 = f32[1,128]{1,0} fusion(%a, %b), kind=kLoop, calls=%outer
+}'''
+  assert hlo.count(text).bytes == 4 * 8 * 128 + 2 * 4 * 128 + 4  # the slice, a row in and out, and the index
+
+
+def test_collective_beside_other_work_counts_once():
+  """It stands in its own fusion and in that of the work, under one channel; how many take part is named by axes."""
+  gather = ("all-gather(%{0}), channel_id=3, replica_groups=mesh['axis_0'=2,'axis_1'=16] {{'axis_1'}}, dimensions={{0}}")
+  fused = '''%start (p: f32[8,128]) -> f32[128,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  ROOT %g = f32[128,128]{1,0} ''' + gather.format('p') + '''
+}
+%work (q: f32[8,128]) -> f32[128,128] {
+  %q = f32[8,128]{1,0} parameter(0)
+  ROOT %h = f32[128,128]{1,0} ''' + gather.format('q') + '''
+}
+ENTRY %main (a: f32[8,128]) -> f32[128,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %b = f32[128,128]{1,0} fusion(%a), kind=kCustom, calls=%start
+  ROOT %c = f32[128,128]{1,0} fusion(%a), kind=kCustom, calls=%work
+}'''
+  assert hlo.count(fused).sent == {'all-gather': 15 * 4 * 8 * 128}
+
+
 def test_convolutions_count_what_they_see():
   """Padding and the holes of strided gradients are no work: forward, by the image, and by the kernel."""
   x, kernel = jnp.ones((2, 9, 9, 3)), jnp.ones((3, 3, 3, 4))
@@ -87,6 +157,12 @@ def test_convolutions_count_what_they_see():
   assert hlo.count(text).flops == once
   padded = text.replace('size=3x3 stride=2x2', 'size=3x3 stride=3x3 pad=1_1x1_1')
   assert hlo.count(padded).flops == 2 * (2 * 4) * 3 * (9 * 9)  # every pixel is seen once
+  product = '''ENTRY %main (a: f32[1,4,2,3,5], b: f32[7,2,3,5,1]) -> f32[1,4,7,1,1] {
+  %a = f32[1,4,2,3,5]{4,3,2,1,0} parameter(0)
+  %b = f32[7,2,3,5,1]{4,3,2,1,0} parameter(1)
+  ROOT %c = f32[1,4,7,1,1]{4,3,2,1,0} convolution(%a, %b), window={size=2x1x3}, dim_labels=1b02f_o02i1->1bf20
+}'''
+  assert hlo.count(product).flops == 2 * 4 * 7 * (2 * 3 * 5)  # windows lie in the order of their dimensions' numbers
 
 
 def test_collectives_are_weighed():
