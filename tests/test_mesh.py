@@ -50,6 +50,7 @@ def test_inference_takes_a_runs_mesh_as_far_as_it_fits():
     ('class_embedding', (1001, 64), (2, 2, 2), P(None, None)),
     ('encoder/conv_in/kernel', (3, 3, 3, 160), (1, 8, 1), P(None, None, None, 'fsdp')),
     ('decoder/conv_out/kernel', (3, 3, 5, 3), (1, 8, 1), P(None, None, None, None)),
+    ('tokenizer/encoder/conv_in/kernel', (3, 3, 3, 160), (1, 8, 1), P(None, None, None, None)),  # not trained
     ('decoder/norm_out/norm/scale', (160,), (1, 8, 1), P(None)), ('', (), (1, 8, 1), P())])
 def test_rules(name, shape, sizes, spec):
   assert mesh_lib.spec_of(name, shape, mesh_of(*sizes)) == spec
@@ -90,6 +91,15 @@ def test_constraints_are_in_the_lowered_text():
   heads = [spec for spec in found if re.search(r'\{"data", "fsdp"\}, \{\}, \{\}, \{"tensor"\}', spec)]
   hidden = [spec for spec in found if re.fullmatch(r'\[\{"data", "fsdp"\}, \{\}, \{"tensor"\}\]', spec)]
   assert heads and len(hidden) >= 3, found
+
+
+def test_kernels_are_gathered_and_their_gradients_are_not():
+  """Else XLA multiplies part by part, and sends whole gradients: a row of `fc1` is whole but for `tensor`."""
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    loss = lambda kernel, x: jnp.sum(jnp.sin(x @ axes.gathered(kernel, (None, axes.TENSOR))))
+    text = jax.jit(jax.grad(loss)).lower(jnp.zeros((16, 64)), jnp.zeros((4, 16))).as_text()
+  assert re.findall(r'sdy.sharding_constraint .*?<@\w+, (\[.*?\])>', text) == [
+      '[{}, {"tensor"}]', '[{"fsdp"}, {"tensor"}]']
 
 
 def test_constraint_leaves_alone_what_cannot_be_shared():

@@ -2,14 +2,17 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 from tiny_runs import (
+  CERTAIN,
   FULL,
   ROOT,
   STAGES,
@@ -17,7 +20,9 @@ from tiny_runs import (
   Trainer,
   _stage,
   differing,
+  farthest,
   metrics_of,
+  moments,
   tiny_config,
   train_line,
 )
@@ -71,6 +76,30 @@ def test_resumed_run_equals_straight_run(kind, tmp_path, monkeypatch):
   assert resumed.step == 8 and differing(resumed.params, stage.init().params)
   assert [step for step, _ in run_losses(tmp_path / 'a')] == list(range(1, 9))
   assert run_losses(tmp_path / 'a') == run_losses(tmp_path / 'b')
+
+
+@pytest.mark.slow
+def test_run_goes_on_with_other_devices(tmp_path, monkeypatch):
+  """Saved on 8 devices that share everything, it goes on with 2, 1 or 4 of them as with all."""
+  all_devices, sources = jax.devices(), [open_source('digits', split=split) for split in ('train', 'validation')]
+  stage = Trainer('generator', **CERTAIN).stage
+
+  def run(workdir, devices, sizes, kind=Checkpoints):
+    monkeypatch.setattr(jax, 'devices', lambda *_: devices)
+    config = tiny_config('generator', **CERTAIN, **{f'mesh.{name}': size for name, size in sizes.items()})
+    with kind(workdir) as checkpoints:
+      state = loop.train(stage, config, *sources, checkpoints, workdir, say=lambda _: None)
+      return jax.device_get(state.replace(frozen=None, key=None))
+
+  straight = run(tmp_path / 'straight', all_devices, dict(data=2, fsdp=2, tensor=2))
+  with pytest.raises(Crash):
+    run(tmp_path / 'crashed', all_devices, dict(data=2, fsdp=2, tensor=2), CrashingCheckpoints)
+  for count, sizes in ((2, dict(data=1, tensor=2)), (1, {}), (4, dict(data=1, fsdp=4))):
+    shutil.copytree(tmp_path / 'crashed', tmp_path / str(count))
+    resumed = run(tmp_path / str(count), all_devices[:count], sizes)
+    np.testing.assert_allclose([loss for _, loss in run_losses(tmp_path / str(count))],
+                               [loss for _, loss in run_losses(tmp_path / 'straight')], rtol=1e-5)
+    assert resumed.step == 8 and farthest(moments(resumed, 'mu'), moments(straight, 'mu')) < 1e-4
 
 
 def test_finished_run_is_left_as_it_is(tmp_path):
