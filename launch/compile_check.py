@@ -102,12 +102,13 @@ def accumulations(config, options):
 
 def program(config, options, devices):
   """(what `jax.jit` traced, ideal FLOPs of one call, images of one call, see `hlo.count` for its kernels)."""
-  mesh = mesh_lib.make_mesh(devices, **config.mesh)
+  drawing = options.program == 'sample'
+  mesh = mesh_lib.fitting(config.mesh, devices) if drawing else mesh_lib.make_mesh(devices, **config.mesh)
   stage, kernels = abstract_stage(config, options), {}
   if stage.name == 'generator':
     kernels = attention.kernel_flops(stage.generator.pyramid, stage.generator.width // stage.generator.heads)
   with jax.set_mesh(mesh):
-    if options.program == 'sample':
+    if drawing:
       return *sampler(stage, mesh, options.per_device), kernels
     mesh_lib.check_batch(config.batch_size, mesh, config.accumulate)
     state = jax.eval_shape(stage.init).replace(frozen=stage.frozen)

@@ -125,10 +125,11 @@ ENTRY %main (a: f32[8,8,128], b: s32[]) -> f32[1,128] {
 
 def test_collective_beside_other_work_counts_once():
   """It stands in its own fusion and in that of the work, under one channel; how many take part is named by axes."""
-  gather = ("all-gather(%{0}), channel_id=3, replica_groups=mesh['axis_0'=2,'axis_1'=16] {{'axis_1'}}, dimensions={{0}}")
+  gather = "all-gather(%{0}), channel_id=3, replica_groups=mesh['axis_0'=2,'axis_1'=16] {{'axis_1'}}"
   fused = '''%start (p: f32[8,128]) -> f32[128,128] {
   %p = f32[8,128]{1,0} parameter(0)
-  ROOT %g = f32[128,128]{1,0} ''' + gather.format('p') + '''
+  %g = f32[128,128]{1,0} ''' + gather.format('p') + '''
+  ROOT %s = f32[128,128]{1,0} custom-call(%g), custom_call_target="AsyncCollectiveStart"
 }
 %work (q: f32[8,128]) -> f32[128,128] {
   %q = f32[8,128]{1,0} parameter(0)

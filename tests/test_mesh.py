@@ -11,6 +11,7 @@ from tiny_runs import Trainer, some_batch
 
 from var_jax import axes
 from var_jax.errors import UserError
+from var_jax.generator.transformer import COLUMNS, Dense
 from var_jax.training import mesh as mesh_lib
 
 
@@ -93,13 +94,12 @@ def test_constraints_are_in_the_lowered_text():
   assert heads and len(hidden) >= 3, found
 
 
-def test_kernels_are_gathered_and_their_gradients_are_not():
-  """Else XLA multiplies part by part, and sends whole gradients: a row of `fc1` is whole but for `tensor`."""
+def test_kernels_are_gathered_for_their_products():
+  """Else XLA multiplies part by part: a kernel in parts over both axes is whole but for `tensor`."""
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    loss = lambda kernel, x: jnp.sum(jnp.sin(x @ axes.gathered(kernel, (None, axes.TENSOR))))
-    text = jax.jit(jax.grad(loss)).lower(jnp.zeros((16, 64)), jnp.zeros((4, 16))).as_text()
-  assert re.findall(r'sdy.sharding_constraint .*?<@\w+, (\[.*?\])>', text) == [
-      '[{}, {"tensor"}]', '[{"fsdp"}, {"tensor"}]']
+    layer = Dense(64, use_bias=False, dot_general=COLUMNS)
+    text = jax.jit(layer.apply).lower({'params': {'kernel': jnp.zeros((16, 64))}}, jnp.zeros((4, 16))).as_text()
+  assert re.findall(r'sdy.sharding_constraint .*?<@\w+, (\[.*?\])>', text) == ['[{}, {"tensor"}]']
 
 
 def test_constraint_leaves_alone_what_cannot_be_shared():

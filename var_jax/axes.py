@@ -3,14 +3,12 @@
 `data` and `fsdp` split batches, `fsdp` parameters as well, `tensor` heads and hidden units (see `training.mesh`).
 """
 
-import functools
 import math
 
 import jax
 from jax.sharding import PartitionSpec
 
-FSDP = 'fsdp'
-BATCH = ('data', FSDP)
+BATCH = ('data', 'fsdp')
 TENSOR = 'tensor'
 NAMES = (*BATCH, TENSOR)
 
@@ -24,34 +22,6 @@ def constrain(x, *axes):
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, spec(x.shape, *axes))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gathered(kernel, axes):
-  """A kernel that is kept in parts over `fsdp`, laid out as `constrain` does for a product: else XLA takes the product
-  part by part and reads the activations each time. Its gradient goes back in parts, which halves what is sent.
-  """
-  return constrain(kernel, *axes)
-
-
-def _gather(kernel, axes):
-  return constrain(kernel, *axes), None
-
-
-def _scatter(axes, _, gradient):
-  return (constrain(gradient, *with_fsdp(gradient.shape, spec(gradient.shape, *axes), parts(FSDP))),)
-
-
-gathered.defvjp(_gather, _scatter)
-
-
-def with_fsdp(shape, axes, size, first=0):
-  """The axes of a kernel's dimensions, with FSDP, of that size, along the largest from `first` on that is free."""
-  found = [*axes, *[None] * (len(shape) - len(axes))]
-  free = [i for i in range(first, len(shape)) if found[i] is None and shape[i] % size == 0]
-  if size > 1 and free:
-    found[max(free, key=lambda i: (shape[i], i))] = FSDP
-  return found
 
 
 def spec(shape, *axes):

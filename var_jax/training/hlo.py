@@ -43,6 +43,9 @@ def count(text, kernels=None):
   kernels: {beginning of a custom call's name: FLOPs for each entry of the first two of its operands' four axes}.
   """
   computations, entry = _parsed(text)
+  # One that goes on beside other work stands in the fusions of that work as well as where it begins.
+  begun = {_channel(i): name for name, inside in computations.items() for i in inside if i.op in COLLECTIVES
+           and any('"AsyncCollectiveStart"' in x.rest for x in inside)}
 
   @functools.cache
   def cost(name):
@@ -56,23 +59,22 @@ def count(text, kernels=None):
       for inner_flops, inner_bytes, inner_sent in costs:
         flops += times * inner_flops
         moved += 0 if i.op == 'fusion' else times * inner_bytes
-        for key, size in inner_sent.items():
-          # One that goes on beside other work stands in the fusions of that work as well as in its own.
-          sent[key] = max(sent[key], size) if i.op == 'fusion' else sent[key] + times * size
+        sent.update({kind: times * size for kind, size in inner_sent.items()})
       flops += _flops(i, table, kernels or {})
       kind = i.op.removesuffix('-start')
       if kind in COLLECTIVES:
-        channel = re.search(r'channel_id=(\d+)', i.rest)
-        sent[kind, channel[1] if channel else i.name] += _sent(kind, i, table)
+        sent[kind] += _sent(kind, i, table) * (begun.get(_channel(i), name) == name)
       if i.op not in FREE and not i.op.endswith('-done'):
         moved += _moved(i, table, computations)
     return flops, moved, sent
 
   flops, moved, sent = cost(entry)
-  kinds = collections.Counter()
-  for (kind, _), size in sent.items():
-    kinds[kind] += size
-  return Cost(flops, moved, dict(kinds))
+  return Cost(flops, moved, dict(sent))
+
+
+def _channel(i):
+  found = re.search(r'channel_id=(\d+)', i.rest)
+  return found[1] if found else i.name
 
 
 def _moved(i, table, computations):

@@ -88,7 +88,10 @@ def spec_of(name, shape, mesh):
   for pattern, axis in TENSOR_RULES:
     if re.search(pattern, name) and len(shape) >= -axis and shape[axis] % mesh.shape['tensor'] == 0:
       spec[axis] = axes.TENSOR if mesh.shape['tensor'] > 1 else None
-  return PartitionSpec(*(axes.with_fsdp(shape, spec, mesh.shape['fsdp'], first) if name.endswith('kernel') else spec))
+  free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % mesh.shape['fsdp'] == 0]
+  if mesh.shape['fsdp'] > 1 and name.endswith('kernel') and free:
+    spec[max(free, key=lambda i: (shape[i], i))] = 'fsdp'
+  return PartitionSpec(*spec)
 
 
 def shardings(tree, mesh):
