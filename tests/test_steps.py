@@ -91,6 +91,15 @@ def test_rematerialization_computes_more_and_gives_the_same(kind, remat):
   assert farthest(moments(again, 'mu'), moments(state, 'mu')) < 1e-6
 
 
+def test_deeper_network_is_no_longer_program():
+  """Blocks are scanned: else tracing and compiling thirty of them would take fifteen times as long as two."""
+  lines = []
+  for depth in (2, 5):
+    trainer = Trainer('generator', **{'model.depth': depth})
+    lines.append(trainer.step.lowered(trainer.initial, some_batch()).as_text().count('\n'))
+  assert abs(lines[1] - lines[0]) < 20 and lines[0] > 1000, lines  # a helper may be shared or not
+
+
 @pytest.mark.parametrize('kind, mesh', [('tokenizer', (1, 8, 1)), ('generator', (2, 2, 2))])
 def test_twenty_steps_on_eight_devices_are_those_of_one(kind, mesh):
   for (_, a), (_, b) in zip(Trainer(kind).run(20), Trainer(kind, mesh).run(20), strict=True):
