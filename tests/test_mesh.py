@@ -26,6 +26,8 @@ def test_sizes_make_up_the_devices():
   for sizes in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (4, 1, 1), (0, 1, 8), (16, 1, 1)):
     with pytest.raises(UserError, match='mesh'):
       mesh_of(*sizes)
+  with pytest.raises(UserError, match='such as --config.mesh.fsdp=4'):
+    mesh_of(-1, 12, 1)
 
 
 def test_inference_takes_a_runs_mesh_as_far_as_it_fits():

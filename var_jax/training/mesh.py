@@ -37,8 +37,10 @@ def make_mesh(devices=None, *, data=-1, fsdp=1, tensor=1):
   if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise UserError(f'mesh sizes {sizes} must be 1 or more, and one of them at most -1, for the rest')
   if len(devices) % fixed or not open_axes and fixed != len(devices):
+    largest = max((name for name in sizes if sizes[name] != -1), key=sizes.get)
+    better = f'{largest}={math.gcd(sizes[largest], len(devices))}' if open_axes else 'data=-1'
     raise UserError(f'a mesh of {_described(sizes)} does not fit {len(devices)} devices: change config.mesh, such as '
-                    f'--config.mesh.{(open_axes or ["data"])[0]}=-1')
+                    f'--config.mesh.{better}')
   shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
   return Mesh(_arranged(devices, shape), axes.NAMES, axis_types=(AxisType.Auto,) * 3)
 
