@@ -13,6 +13,7 @@ VERBS = {
     'sample': 'draw images of the classes asked for',
     'reconstruct': 'encode images and show them after every scale',
     'edit': 'draw a part of an image anew, of the class asked for or of none',
+    'tokenize': 'the token pyramids of a data set, for faster training of generators',
     'convert': 'published PyTorch checkpoints to a workdir, and back',
     'export': 'artifacts that run without var_jax, and parameters alone',
     'evaluate': 'a model against held-out images: codebook usage, samples judged by class',

@@ -17,7 +17,7 @@ def _common(stage):
       stage=stage,
       seed=0,
       data=dict(
-          source='digits',   # digits, folder, arrays or tfds
+          source='digits',   # digits, folder, arrays, tfds, or for a generator tokens (see `var-jax tokenize`)
           path='',           # where the images are, for all but digits
           enlarge=1.125,     # resize to this many times the image's size, then crop at random; 1 to take the whole
           flip=False,

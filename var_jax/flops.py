@@ -51,7 +51,7 @@ def train_step(stage, state, batch):
   """Of one image in a stage's train_step: the generator's by formula, three times its forward pass, and once what its
   frozen tokenizer does; a tokenizer's as its jaxpr has it. state, batch: arrays or their shapes.
   """
-  images = len(batch['image'])
+  images = len(next(iter(batch.values())))
   if stage.name != 'generator':
     return counted(stage.train_step, state, batch) / images
   frozen = counted(stage.encode_batch, state, batch) / images

@@ -33,12 +33,18 @@ def run(config, workdir):
   from var_jax.data.sources import open_source
 
   check(config)
-  sources = [open_source(config.data.source, config.data.path, split) for split in ('train', 'validation')]
+  tokens = config.stage == 'generator'
+  sources = [open_source(config.data.source, config.data.path, split, tokens) for split in ('train', 'validation')]
   if config.stage == 'generator':
     _set_classes(config, sources[0])
   changed = workdir_lib.check_config(workdir, config)
   steps = config.steps or max(1, round(config.epochs * len(sources[0]) / config.batch_size))
   stage, keep_tokenizer = make_stage(config, workdir, steps)
+  made_by = getattr(sources[0], 'fingerprint', None)
+  if made_by and made_by != stage.metadata['tokenizer']:
+    raise UserError(
+        f'the tokens in {config.data.path} were made by another tokenizer (fingerprint {made_by}, given '
+        f'{stage.metadata["tokenizer"]}): run `var-jax tokenize` with this one, or point --config.tokenizer at theirs')
   with workdir_lib.training_alone(workdir):
     return _train(stage, config, sources, workdir, keep_tokenizer, changed)
 

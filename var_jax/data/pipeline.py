@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from var_jax.data.images import UnreadableImage, fit, to_float
+from var_jax.data.tokens import TokenSource
 from var_jax.errors import UserError
 
 BYTES_IN_FLIGHT = 2**31  # of batches being made in threads
@@ -26,6 +27,8 @@ MAX_SHARE = 0.01         # of unreadable images
 def train_batches(source, *, batch_size, size, seed, start=0, enlarge=1.125, flip=False, workers=0, process_index=0,
                   process_count=1):
   """Endless Batches of {'image': (B_local, h, w, 3) float32 in [-1, 1], 'label': (B_local,) int32}.
+
+  Of a TokenSource, 'tokens': (B_local, L) int32 in place of 'image'.
 
   batch_size is global, size = (h, w); every image comes once per epoch, in an order and with crops (and flips) drawn
   from the seed, an int >= 0. `start` is the number of the first batch. workers: processes that prepare whole batches
@@ -55,6 +58,22 @@ def eval_batches(source, *, batch_size, size, enlarge=1.125, limit=None, process
   elements = elements.map(_EvalElement(source, size, enlarge, count))
   rows = _ProcessRows(elements, batch_size, local, process_index, 0)
   return Batches(rows.batch(local), source, local, size, enlarge, workers)
+
+
+def crop_batches(source, *, batch_size, size, seed, first, last, crops, enlarge=1.125, flip=False, workers=0):
+  """Batches of images `first` to `last` - 1 of a source in order, `crops` random ones of each; 0: the central one.
+
+  A crop depends on (seed, image, number of the crop) alone. Batches are as those of `train_batches`; the last may be
+  smaller.
+  """
+  many = max(crops, 1)
+  elements = grain.MapDataset.range(len(source) * many)
+  if crops:
+    elements = elements.random_map(_TrainElement(source, size, enlarge, flip, crops), seed=seed)
+  else:
+    elements = elements.map(_EvalElement(source, size, enlarge, len(source)))
+  rows = elements[first * many:last * many]
+  return Batches(rows.batch(batch_size, drop_remainder=False), source, batch_size, size, enlarge, workers)
 
 
 def _local_size(source, batch_size, process_index, process_count):
@@ -171,13 +190,13 @@ class _ProcessRows(grain.MapDataset):
 
 
 class _TrainElement(grain.transforms.RandomMap):
-  """Source index -> element of a training batch, cropped and flipped by the element's own generator."""
+  """Source index, times crops -> element of a training batch, cropped and flipped by the element's own generator."""
 
-  def __init__(self, source, size, enlarge, flip):
-    self._source, self._size, self._enlarge, self._flip = source, size, enlarge, flip
+  def __init__(self, source, size, enlarge, flip, crops=1):
+    self._source, self._size, self._enlarge, self._flip, self._crops = source, size, enlarge, flip, crops
 
   def random_map(self, index, rng):
-    return _readable(self._source, index, self._size, self._enlarge, rng, self._flip)
+    return _readable(self._source, index // self._crops, self._size, self._enlarge, rng, self._flip)
 
 
 class _EvalElement(grain.transforms.Map):
@@ -192,7 +211,14 @@ class _EvalElement(grain.transforms.Map):
 
 
 def _readable(source, index, size, enlarge, rng=None, flip=False):
-  """Element of source[index], or of the next readable image; 'skipped' is then index + 1, else 0."""
+  """Element of source[index], or of the next readable image; 'skipped' is then index + 1, else 0.
+
+  Of a TokenSource: the tokens of a random crop, or of the first one, in place of the image.
+  """
+  if isinstance(source, TokenSource):
+    tokens_CxL, label = source[index]
+    crop = rng.integers(len(tokens_CxL)) if rng else 0
+    return {'tokens': tokens_CxL[crop], 'label': np.int32(label), 'skipped': np.int32(0)}
   first = None
   for step in range(min(MAX_IN_A_ROW, len(source))):
     try:

@@ -15,6 +15,7 @@ import zlib
 import numpy as np
 
 from var_jax.data.images import read_image
+from var_jax.data.tokens import TokenSource
 from var_jax.errors import UserError
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
@@ -36,14 +37,19 @@ def moved(config, place):
   return config.lock()
 
 
-def open_source(kind, path=None, split='train'):
+def open_source(kind, path=None, split='train', tokens=False):
   """Source of a kind: 'digits' (no path), 'folder', 'arrays' (.npz or folder of IDX files) or 'tfds' (prepared data).
 
-  split: 'train' or 'validation'. Raises UserError when kind or split is unknown, or path does not hold such data.
+  split: 'train' or 'validation'. tokens: whether 'tokens' will do in place of images. Raises UserError when kind or
+  split is unknown, or path does not hold such data.
   """
-  kinds = {'digits': _open_digits, 'folder': _open_folder, 'arrays': _open_arrays, 'tfds': TfdsSource}
+  kinds = {'digits': _open_digits, 'folder': _open_folder, 'arrays': _open_arrays, 'tfds': TfdsSource,
+           'tokens': TokenSource}
   if kind not in kinds:
     raise UserError(f'unknown kind of data {kind!r}: use one of {", ".join(kinds)}')
+  if kind == 'tokens' and not tokens:
+    raise UserError(f'{path} holds tokens, but this needs images: say where those are, by --data=KIND:PATH to evaluate '
+                    'or reconstruct, by --config.data.source=KIND --config.data.path=PATH to train')
   if split not in SPLITS:
     raise UserError(f'unknown split {split!r}: use train or validation')
   if kind == 'digits':

@@ -51,9 +51,11 @@ class GeneratorStage:
     return state, metrics | more
 
   def encode_batch(self, state, batch):
-    """What the generator learns from: labels, tokens and teacher-forcing input of a batch of images."""
+    """What the generator learns from: labels, tokens and teacher-forcing input of a batch of images, or of tokens."""
     variables = {'params': state.frozen['tokenizer']}
-    tokens_BxL = self.tokenizer.apply(variables, batch['image'], method='encode')
+    tokens_BxL = batch.get('tokens')
+    if tokens_BxL is None:
+      tokens_BxL = self.tokenizer.apply(variables, batch['image'], method='encode')
     teacher_BxMxC = self.tokenizer.apply(variables, tokens_BxL, method='teacher_input')
     return {'label': batch['label'], 'tokens': tokens_BxL, 'teacher': teacher_BxMxC}
 
