@@ -74,12 +74,12 @@ class TokenizerStage:
     out = self.tokenizer.apply({'params': params['model']}, images, kept_B, train=True, rngs={'dropout': key})
     drawn = jax.lax.stop_gradient(out.image_BxHxWx3)
     image_loss = lambda image: self._image_loss(image, images, frozen)
-    if not weights.adversarial:
-      (total, metrics), gradient = jax.value_and_grad(image_loss, has_aux=True)(drawn)
-      discriminator_loss = 0.0
-    else:
-      gradient, total, metrics, discriminator_loss = self._adversarial(
-          params['discriminator'], images, drawn, step, image_loss)
+    (total, metrics), gradient = jax.value_and_grad(image_loss, has_aux=True)(drawn)
+    discriminator_loss = 0.0
+    if weights.adversarial:
+      gradient, adversarial, discriminator_loss = self._adversarial(
+          params['discriminator'], images, drawn, step, gradient)
+      metrics |= adversarial
     quantizer_loss = weights.quantizer * out.quantized.loss
     surrogate = jnp.sum(gradient * out.image_BxHxWx3) + quantizer_loss + discriminator_loss
     return surrogate, metrics | {
@@ -104,25 +104,21 @@ class TokenizerStage:
       loss += weights.lpips * metrics['lpips']
     return loss, metrics
 
-  def _adversarial(self, params, images, drawn, step, image_loss):
-    """(gradient at the image, loss, metrics, the discriminator's loss); the latter and its share 0 before the start."""
+  def _adversarial(self, params, images, drawn, step, gradient):
+    """(gradient at the image, metrics, the discriminator's loss): before its start the gradient as it is, and zeros."""
     weights = self.config.loss
     logits = lambda p, image: self.discriminator.apply({'params': p}, image)
 
-    def before(params):
-      (loss, metrics), gradient = jax.value_and_grad(image_loss, has_aux=True)(drawn)
-      zero = jnp.zeros(())
-      return gradient, loss, metrics | {'adversarial': zero, 'adversarial_factor': zero}, zero
-
     def after(params):
       fool = lambda image: -jnp.mean(logits(jax.lax.stop_gradient(params), image))
-      gradient, loss, metrics, adversarial, factor = losses.balanced(image_loss, fool, drawn, weights.adversarial)
-      hinge = losses.hinge(logits(params, images), logits(params, drawn))
-      return gradient, loss, metrics | {'adversarial': adversarial, 'adversarial_factor': factor}, hinge
+      pulled, adversarial, factor = losses.balanced(gradient, fool, drawn, weights.adversarial)
+      return pulled, adversarial, factor, losses.hinge(logits(params, images), logits(params, drawn))
 
     started = step >= round(weights.adversarial_start * self.steps)
-    gradient, loss, metrics, hinge = jax.lax.cond(started, after, before, params)
-    return jax.lax.stop_gradient(gradient), loss, metrics | {'discriminator': hinge}, hinge
+    gradient, adversarial, factor, hinge = jax.lax.cond(
+        started, after, lambda _: (gradient, *[jnp.zeros(())] * 3), params)
+    metrics = {'adversarial': adversarial, 'adversarial_factor': factor, 'discriminator': hinge}
+    return jax.lax.stop_gradient(gradient), metrics, hinge
 
   def _restart_dead_codes(self, state, images, key):
     """Puts codes that went unused for several checks onto residuals of this batch, each scale being as likely.

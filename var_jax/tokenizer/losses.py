@@ -10,18 +10,17 @@ def hinge(real_logits, fake_logits):
   return 0.5 * (jnp.mean(jax.nn.relu(1 - real_logits)) + jnp.mean(jax.nn.relu(1 + fake_logits)))
 
 
-def balanced(image_loss, adversarial_loss, image_BxHxWx3, weight):
-  """Gradient of a reconstruction loss plus an adversarial one, the latter scaled to the former's size.
+def balanced(gradient_BxHxWx3, adversarial_loss, image_BxHxWx3, weight):
+  """A reconstruction loss's gradient at the image plus an adversarial loss's, the latter scaled to the former's size.
 
-  Both losses are functions of the image. Returns (gradient (B, H, W, 3), image loss, its metrics, adversarial loss,
-  factor): the factor weight·|d image loss|/|d adversarial loss| is VQGAN's (eq. 7), taken at the decoder's output
-  rather than at its last layer, which saves two passes through the decoder.
+  adversarial_loss: a function of the image. Returns (gradient (B, H, W, 3), adversarial loss, factor): the factor
+  weight·|d reconstruction loss|/|d adversarial loss| is VQGAN's (eq. 7), taken at the decoder's output rather than at
+  its last layer, which saves two passes through the decoder.
   """
-  (loss, metrics), gradient = jax.value_and_grad(image_loss, has_aux=True)(image_BxHxWx3)
-  adversarial, pull = jax.value_and_grad(adversarial_loss)(image_BxHxWx3)
+  adversarial, pull_BxHxWx3 = jax.value_and_grad(adversarial_loss)(image_BxHxWx3)
   norm = lambda x: jnp.sqrt(jnp.sum(x * x))
-  factor = weight * jnp.clip(norm(gradient) / (norm(pull) + 1e-8), 0, 1e4)
-  return gradient + factor * pull, loss, metrics, adversarial, factor
+  factor = weight * jnp.clip(norm(gradient_BxHxWx3) / (norm(pull_BxHxWx3) + 1e-8), 0, 1e4)
+  return gradient_BxHxWx3 + factor * pull_BxHxWx3, adversarial, factor
 
 
 def psnr(image_BxHxWx3, other_BxHxWx3):
