@@ -72,6 +72,8 @@ def test_cached_sampling_equals_teacher_forcing(name):
   teacher = tokenizer.apply({'params': tokenizer_params}, out.tokens_BxL, method='teacher_input')
   logits = jax.jit(model.apply)({'params': params}, labels, teacher)
   assert_close(jnp.concatenate(out.guided_logits, axis=1), logits, rtol=1e-5)
+  with_both_halves = sample(name, labels, Choices(cfg=jnp.float32(0), top_k=0, top_p=0.0))
+  np.testing.assert_array_equal(with_both_halves.tokens_BxL, out.tokens_BxL)
 
 
 def test_later_scales_have_no_gradient():

@@ -102,15 +102,16 @@ class Model:
     if not 0 <= seed < 2**32:
       raise UserError(f'seed {seed} is out of range: use 0 or more, and at most {2**32 - 1}')
     check_choices(cfg, top_k, top_p, temperature)
-    draw = self._jitted_sampler(int(top_k), top_p > 0, bool(smooth))
+    draw = self._jitted_sampler(int(top_k), top_p > 0, cfg > 0, bool(smooth))
     numbers = (np.uint32(seed), np.float32(cfg), np.float32(top_p), np.float32(temperature))
     return lambda labels, index, *given: draw(self.params, labels, index, *numbers, given or None)
 
   @functools.cache
-  def _jitted_sampler(self, top_k, use_top_p, smooth):
+  def _jitted_sampler(self, top_k, use_top_p, use_cfg, smooth):
     @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(self.mesh))
     def draw(params, labels_B, index_B, seed, cfg, top_p, temperature, given):
-      choices = sampling.Choices(cfg, top_k, top_p if use_top_p else 0.0, temperature, smooth)
+      choices = sampling.Choices(
+          cfg if use_cfg else 0.0, top_k, top_p if use_top_p else 0.0, temperature, smooth)
       keys_B = sampling.image_keys(seed, index_B)
       out = sampling.sample(self.generator, self.tokenizer, params, labels_B, keys_B, choices, given)
       return out.image_BxHxWx3, out.tokens_BxL

@@ -7,9 +7,12 @@ import numpy as np
 
 def token_losses(logits_BxLxV, tokens_BxL, label_smoothing=0.0):
   """(B, L) float32 cross entropy of every token; smoothing as PyTorch's: uniform over all codes."""
-  log_probs = jax.nn.log_softmax(logits_BxLxV.astype(jnp.float32), axis=-1)
-  loss = -jnp.take_along_axis(log_probs, tokens_BxL[..., None], axis=-1)[..., 0]
-  return (1 - label_smoothing) * loss - label_smoothing * log_probs.mean(-1) if label_smoothing else loss
+  # Not by log_softmax, which would keep a second array of all logits for the backward pass.
+  logits_BxLxV = logits_BxLxV.astype(jnp.float32)
+  aim_BxL = jnp.take_along_axis(logits_BxLxV, tokens_BxL[..., None], axis=-1)[..., 0]
+  if label_smoothing:
+    aim_BxL = (1 - label_smoothing) * aim_BxL + label_smoothing * logits_BxLxV.mean(-1)
+  return jax.nn.logsumexp(logits_BxLxV, axis=-1) - aim_BxL
 
 
 def progressive_weights(step, steps, pyramid, *, start_scale, end, warmup, ramp):

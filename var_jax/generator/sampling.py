@@ -12,7 +12,10 @@ from var_jax.tokenizer import resize
 
 
 class Choices(NamedTuple):
-  """How tokens are drawn. 0 turns top_k and top_p off; smooth mixes codes by Gumbel softmax (prettier, worse FID)."""
+  """How tokens are drawn. 0 turns top_k and top_p off; smooth mixes codes by Gumbel softmax (prettier, worse FID).
+
+  A cfg that is the number 0, and no array, leaves out the pass without class: half of the work.
+  """
 
   cfg: Any = 1.5
   top_k: int = 900
@@ -32,15 +35,22 @@ class Sampled(NamedTuple):
 
 def keep_likely(logits, top_k=0, top_p=0.0):
   """Logits with the unlikely entries at -inf: first all but the top_k, then the ascending mass <= 1 - top_p."""
-  if 0 < top_k < logits.shape[-1]:
-    logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][..., -1:], -jnp.inf, logits)
-  if isinstance(top_p, (int, float)) and top_p <= 0:
+  use_top_k, use_top_p = 0 < top_k < logits.shape[-1], not _is_zero(top_p)
+  if use_top_k:
+    ascending = jax.lax.top_k(logits, top_k)[0][..., ::-1]
+    logits = jnp.where(logits < ascending[..., :1], -jnp.inf, logits)
+  elif use_top_p:
+    ascending = jnp.sort(logits, axis=-1)
+  if not use_top_p:
     return logits
-  ascending = jnp.sort(logits, axis=-1)
   dropped = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - top_p
   dropped = dropped.at[..., -1].set(False)
   least = jnp.min(jnp.where(dropped, jnp.inf, ascending), axis=-1, keepdims=True)
   return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def _is_zero(number):
+  return isinstance(number, (int, float)) and number <= 0
 
 
 def image_keys(seed, index_N):
@@ -85,7 +95,8 @@ def sample(generator, tokenizer, params, labels_B, keys_B, choices, given=None):
   pyramid, B = generator.pyramid, labels_B.shape[0]
   quantizer = tokenizer.bind({'params': params['tokenizer']}).quantizer
   model = generator.bind({'params': params['generator']})
-  labels_2B = jnp.concatenate([labels_B, jnp.full_like(labels_B, generator.classes)])
+  halves = 1 if _is_zero(choices.cfg) else 2
+  labels_2B = jnp.concatenate([labels_B, jnp.full_like(labels_B, generator.classes)])[:halves * B]
   masks = None if given is None else keep_masks(given[1], pyramid)
   total, inputs, past = 0.0, None, ()
   tokens, guided, drawn = [], [], []
@@ -93,7 +104,7 @@ def sample(generator, tokenizer, params, labels_B, keys_B, choices, given=None):
     logits_2BxlxV, new = model.next_scale(labels_2B, k, inputs, past)
     past += (new,)
     t = choices.cfg * k / max(len(pyramid) - 1, 1)
-    guided.append((1 + t) * logits_2BxlxV[:B] - t * logits_2BxlxV[B:])
+    guided.append(logits_2BxlxV if halves == 1 else (1 + t) * logits_2BxlxV[:B] - t * logits_2BxlxV[B:])
     tokens_Bxl, codes_BxlxC = _draw(guided[-1], keys_B, k, len(pyramid), choices, quantizer.codebook)
     drawn.append(tokens_Bxl)
     if given is not None:
@@ -103,6 +114,6 @@ def sample(generator, tokenizer, params, labels_B, keys_B, choices, given=None):
     tokens.append(tokens_Bxl)
     total = total + quantizer.expand(codes_BxlxC, k)
     if k + 1 < len(pyramid):
-      inputs = jnp.tile(quantizer.shrink(total, k + 1), (2, 1, 1))
+      inputs = jnp.tile(quantizer.shrink(total, k + 1), (halves, 1, 1))
   image = tokenizer.apply({'params': params['tokenizer']}, total, method='to_image')
   return Sampled(jnp.concatenate(tokens, axis=1), jnp.clip(image, -1, 1), guided, drawn)
