@@ -58,8 +58,8 @@ def train_step(stage, state, batch):
   return frozen + 3 * generator_forward(stage.generator)
 
 
-def sample(generator, tokenizer, tokenizer_params):
-  """Of one image that is drawn with guidance: two passes through the generator, one through the decoder."""
+def sample(generator, tokenizer, tokenizer_params, passes=2):
+  """Of one image that is drawn: passes through the generator, two with guidance, and one through the decoder."""
   tokens = jax.ShapeDtypeStruct((1, tokenizer.pyramid.length), jnp.int32)
   decode = lambda params, x: tokenizer.apply({'params': params}, x, method='decode')
-  return 2 * generator_forward(generator) + counted(decode, tokenizer_params, tokens)
+  return passes * generator_forward(generator) + counted(decode, tokenizer_params, tokens)

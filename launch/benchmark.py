@@ -1,0 +1,242 @@
+"""Times every program that matters on this machine, as a share of what its matrix products reach in the same run.
+
+python launch/benchmark.py --out=runs/benchmark.json            # all rows, with networks of the published sizes
+python launch/benchmark.py --out=runs/new.json --only="sample d16" --against=runs/benchmark.json
+A row: median seconds of a call, images/s, FLOP/s that the model needs (formulas in var_jax/flops.py, no masked pair
+counted), their share of a float32 product of 2048x2048 matrices measured around the row, memory and compile time.
+Parameters are random: nothing has to be trained. --profile=DIR leaves a trace of one call of each row.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from var_jax import flops, progress
+from var_jax import workdir as workdir_lib
+from var_jax.commands import flags
+from var_jax.errors import UserError
+from var_jax.generator import sampling
+from var_jax.stages.generator import GeneratorStage
+from var_jax.stages.tokenizer import TokenizerStage
+
+SMALL, DIGITS = 'experiments/imagenet256.py', 'experiments/digits.py'
+PRODUCT = 2048  # side of the square matrices
+
+
+class Program(NamedTuple):
+  """What a row times: a jitted function, its arguments, images of a call and ideal FLOPs of one.
+
+  carries: whether a call's first result is the next one's first argument, as a training step's state is.
+  """
+
+  function: Any
+  arguments: tuple
+  images: int
+  flops: float
+  carries: bool = False
+
+
+def main(arguments):
+  parser = flags.Parser('launch/benchmark.py', __doc__, 'python launch/benchmark.py --out=runs/benchmark.json')
+  parser.add_argument('--out', required=True, metavar='FILE.json', help='where figures go, beside those it has')
+  parser.add_argument('--only', metavar='TEXT', help='rows whose name has this text')
+  parser.add_argument('--against', metavar='FILE.json', help='an earlier --out: shows ratios to it')
+  parser.add_argument('--repeats', type=int, default=5, metavar='N', help='calls; their median counts (default 5)')
+  parser.add_argument('--profile', metavar='DIR', help='traces for TensorBoard or Perfetto')
+  options = parser.parse_args(arguments)
+  flags.in_range('--repeats', options.repeats, 1)
+  rows = [name for name in ROWS if (options.only or '') in name]
+  if not rows:
+    raise UserError(f'--only={options.only} is in no row: they are {", ".join(ROWS)}')
+  old, found = read(options.against), read(options.out if pathlib.Path(options.out).exists() else None)
+  for name in progress.bar(rows, title='benchmark', unit='row'):
+    found[name] = measured(ROWS[name](), options.repeats, options.profile and f'{options.profile}/{name}')
+    path = pathlib.Path(options.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + '\n')
+  print(table({name: found[name] for name in rows}, old))
+
+
+def read(path):
+  """{row: figures} of an earlier run; {} without a path."""
+  try:
+    return json.loads(pathlib.Path(path).read_text()) if path else {}
+  except (OSError, ValueError) as error:
+    raise UserError(f'cannot read {path} ({error}): give the --out of an earlier run') from error
+
+
+def measured(program, repeats, trace=None):
+  """{name: number} of one program; the machine's rate is taken before and after each call."""
+  start = time.monotonic()
+  compiled = program.function.lower(*program.arguments).compile()
+  compile_seconds, memory = time.monotonic() - start, compiled.memory_analysis()
+  (state, *rest), seconds, rates = program.arguments, [], [product_rate()]
+  for call in range(repeats + 1):  # the first one warms up
+    last = trace and call == repeats
+    with jax.profiler.trace(str(trace)) if last else contextlib.nullcontext():
+      took, out = timed(compiled, state, *rest)
+    state = out[0] if program.carries else state
+    seconds += [took] if call else []
+    rates.append(product_rate())
+  rate, median = statistics.median(rates), statistics.median(seconds)
+  return {
+      'seconds': median, 'images_per_second': program.images / median, 'gflops': program.images * program.flops / 1e9,
+      'gflops_per_second': program.images * program.flops / median / 1e9, 'product_gflops_per_second': rate / 1e9,
+      'share_of_product': program.images * program.flops / median / rate, 'compile_seconds': compile_seconds,
+      'arguments_mib': memory.argument_size_in_bytes / 2**20, 'temporaries_mib': memory.temp_size_in_bytes / 2**20,
+      'output_mib': memory.output_size_in_bytes / 2**20, 'machine': machine()}
+
+
+def timed(function, *arguments):
+  """(seconds, result) of a call."""
+  start = time.monotonic()
+  out = jax.block_until_ready(function(*arguments))
+  return time.monotonic() - start, out
+
+
+@functools.cache
+def _product():
+  matrix = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT))
+  compiled = jax.jit(lambda a: a @ a).lower(matrix).compile()
+  compiled(matrix).block_until_ready()
+  return compiled, matrix
+
+
+def product_rate():
+  """FLOP/s of a float32 matrix product, the best of three."""
+  return 2 * PRODUCT**3 / min(timed(*_product())[0] for _ in range(3))
+
+
+def machine():
+  device = jax.devices()[0]
+  name = device.device_kind
+  with contextlib.suppress(OSError):
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines() if device.platform == 'cpu' else []
+    names = [line.partition(': ')[2] for line in lines if line.startswith('model name')]
+    name = f'{len(names)} cores of {names[0]}' if names else name
+  return name
+
+
+def filled(shapes, scale=0.02):
+  """Random parameters of these shapes."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: jnp.asarray(scale * rng.standard_normal(x.shape, np.float32)), shapes)
+
+
+@functools.cache
+def tokenizer_of(file):
+  config = flags.read_config(f'{file}:tokenizer', ['--config.dtype=float32', '--config.remat=none'])
+  tokenizer = workdir_lib.make_tokenizer(config)
+  return config, tokenizer, filled(workdir_lib.tokenizer_shapes(tokenizer))
+
+
+@functools.cache
+def generator_of(file, depth):
+  """(config, Generator, Tokenizer, {'generator', 'tokenizer'}: parameters)."""
+  more = [] if file == DIGITS else [f'--config.model.depth={depth}', '--config.model.classes=1000']
+  config = flags.read_config(f'{file}:generator', ['--config.dtype=float32', '--config.remat=none', *more])
+  config.model.classes = config.model.classes or 10
+  _, tokenizer, params = tokenizer_of(file)
+  generator = workdir_lib.make_generator(config, tokenizer)
+  params = {'generator': filled(workdir_lib.generator_shapes(generator)), 'tokenizer': params}
+  return config, generator, tokenizer, params
+
+
+def images_of(tokenizer, batch):
+  rng = np.random.default_rng(0)
+  return {'image': jnp.asarray(rng.uniform(-1, 1, (batch, *tokenizer.image_size, 3)), jnp.float32),
+          'label': jnp.asarray(rng.integers(0, 10, batch), jnp.int32)}
+
+
+def encode(batch, file=SMALL):
+  _, tokenizer, params = tokenizer_of(file)
+  apply = lambda params, x: tokenizer.apply({'params': params}, x, method='encode')
+  image = images_of(tokenizer, batch)['image']
+  return Program(jax.jit(apply), (params, image), batch, flops.counted(apply, params, image[:1]))
+
+
+def decode(batch, file=SMALL):
+  _, tokenizer, params = tokenizer_of(file)
+  apply = lambda params, x: tokenizer.apply({'params': params}, x, method='decode')
+  tokens = jnp.zeros((batch, tokenizer.pyramid.length), jnp.int32)
+  return Program(jax.jit(apply), (params, tokens), batch, flops.counted(apply, params, tokens[:1]))
+
+
+def sample(depth, batch, cfg=1.5, file=SMALL):
+  config, generator, tokenizer, params = generator_of(file, depth)
+  choices = sampling.Choices(**config.sample)._replace(cfg=cfg)
+
+  def draw(params, labels_B):
+    keys_B = sampling.image_keys(0, jnp.arange(batch))
+    return sampling.sample(generator, tokenizer, params, labels_B, keys_B, choices)[:2]
+
+  ideal = flops.sample(generator, tokenizer, params['tokenizer'], passes=2 if cfg else 1)
+  return Program(jax.jit(draw), (params, jnp.zeros(batch, jnp.int32)), batch, ideal)
+
+
+def step(stage, batch, data):
+  state = jax.jit(stage.init)().replace(frozen=jax.tree.map(jnp.copy, stage.frozen))  # it is donated
+  one = {name: x[:1] for name, x in data.items()}
+  jitted = jax.jit(stage.train_step, donate_argnums=0)
+  return Program(jitted, (state, data), batch, flops.train_step(stage, state, one), carries=True)
+
+
+def generator_step(depth, batch, file=SMALL):
+  """On tokens: the encoder's time is a row of its own."""
+  config, generator, tokenizer, params = generator_of(file, depth)
+  stage = GeneratorStage(config, generator, tokenizer, params['tokenizer'], '', 1000)
+  length = tokenizer.pyramid.length
+  return step(stage, batch, {'tokens': jnp.zeros((batch, length), jnp.int32), 'label': jnp.zeros(batch, jnp.int32)})
+
+
+def tokenizer_step(batch, file=SMALL):
+  """Without the perceptual loss, whose weights are not ours to give."""
+  config, tokenizer, _ = tokenizer_of(file)
+  with config.unlocked():
+    config = config.copy_and_resolve_references()
+    config.loss.lpips = 0.0
+  return step(TokenizerStage(config, tokenizer, 1000), batch, images_of(tokenizer, batch))
+
+
+ROWS = {
+    'encode, batch 4': lambda: encode(4),
+    'decode, batch 1': lambda: decode(1),
+    'decode, batch 4': lambda: decode(4),
+    **{f'sample d16, batch {batch}{text}': functools.partial(sample, 16, batch, cfg)
+       for batch in (1, 4, 16) for cfg, text in ((1.5, ''), (0.0, ', no guidance'))},
+    'generator step d8, batch 4': lambda: generator_step(8, 4),
+    'tokenizer step, batch 1': lambda: tokenizer_step(1),
+    'digits: generator step, batch 64': lambda: generator_step(0, 64, DIGITS),
+    'digits: tokenizer step, batch 64': lambda: tokenizer_step(64, DIGITS),
+    'digits: sample, batch 64': lambda: sample(0, 64, file=DIGITS),
+}
+
+
+def table(found, old):
+  """Markdown: a row for each program."""
+  lines = ['| | images/s | GFLOP/s | of the product | memory | compile |' + (' than before |' if old else ''),
+           '|---|---|---|---|---|---|' + ('---|' if old else '')]
+  for name, row in found.items():
+    memory = (row['arguments_mib'] + row['temporaries_mib'] + row['output_mib']) / 1024
+    line = (f'| {name} | {row["images_per_second"]:.3g} | {row["gflops_per_second"]:.0f} | '
+            f'{row["share_of_product"]:.0%} | {memory:.2f} GiB | {row["compile_seconds"]:.0f} s |')
+    if old:
+      line += f' {old[name]["seconds"] / row["seconds"]:.2f}x |' if name in old else ' |'
+    lines.append(line.replace('%', ' %'))
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  try:
+    sys.exit(main(sys.argv[1:]))
+  except UserError as error:
+    sys.exit(print(f'error: {error}', file=sys.stderr) or 2)

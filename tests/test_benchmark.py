@@ -1,0 +1,58 @@
+"""What launch/benchmark.py measures and how it compares; its rows' programs are those of other tests."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_runs import ROOT
+
+from var_jax.errors import UserError
+
+spec = importlib.util.spec_from_file_location('benchmark', ROOT / 'launch/benchmark.py')
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+
+
+def product(carries=False):
+  step = jax.jit(lambda a, b: (a @ b, b.sum()), donate_argnums=0 if carries else ())
+  return benchmark.Program(step, (jnp.eye(128), jnp.eye(128)), 4, 2 * 128**3 / 4, carries)
+
+
+@pytest.mark.parametrize('carries', [False, True])
+def test_figures_of_a_program(carries):
+  """A training step gives its state away: the next call has to get the one that came back."""
+  found = benchmark.measured(product(carries), repeats=3)
+  assert found['gflops'] == 2 * 128**3 / 1e9 and found['images_per_second'] == 4 / found['seconds']
+  assert found['share_of_product'] == pytest.approx(
+      found['gflops_per_second'] / found['product_gflops_per_second'], rel=1e-6)
+  assert 0 < found['share_of_product'] < 3 and found['arguments_mib'] == 2 * 128**2 * 4 / 2**20
+
+
+def test_rows_are_kept_and_compared(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(benchmark, 'ROWS', {'one': product, 'two': product})
+  old, new = tmp_path / 'old.json', tmp_path / 'new.json'
+  for only in ('one', 'two'):
+    benchmark.main([f'--out={old}', f'--only={only}', '--repeats=1'])
+  assert json.loads(old.read_text()).keys() == {'one', 'two'}
+  slow = {name: row | {'seconds': row['seconds'] * 100} for name, row in json.loads(old.read_text()).items()}
+  old.write_text(json.dumps(slow))
+  capsys.readouterr()
+  benchmark.main([f'--out={new}', '--only=two', f'--against={old}', '--repeats=1', f'--profile={tmp_path}/trace'])
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 3 and 'than before' in lines[0] and float(lines[2].split('|')[-2].strip(' x')) > 3
+  assert list((tmp_path / 'trace/two').rglob('*.xplane.pb'))
+
+
+@pytest.mark.parametrize('arguments, word', [
+    (['--only=nothing'], 'is in no row'), (['--repeats=0'], '--repeats'), (['--against=no.json'], 'cannot read')])
+def test_nonsense_is_refused(tmp_path, arguments, word):
+  with pytest.raises(UserError, match=word):
+    benchmark.main([f'--out={tmp_path}/x.json', *arguments])
+
+
+def test_digits_row_is_the_real_program():
+  program = benchmark.ROWS['digits: sample, batch 64']()
+  tokens, images = jax.eval_shape(program.function, *program.arguments)
+  assert images.shape == (64, 16, 16, 3) and tokens.shape == (64, 30) and program.flops > 1e6
