@@ -109,11 +109,17 @@ def generator(depth=16):
       normalize_qk=True,
       shared_adaln=False,
       adaln_gamma=1e-3,      # initial scale of the gammas
+      markov=False,          # whether tokens see their own scale alone, whose input sums up the coarser ones: no cache
   )
   config.attention = 'auto'  # auto, xla, cudnn (GPUs, in bfloat16) or splash (TPUs)
   config.drop_path = 0.1 * depth / 24
   config.label_drop = 0.1
   config.label_smoothing = 0.0
+  config.distill = 0.0       # guidance (cfg) of the model in start_from that is learned, to sample without: with cfg=0
+  config.scale_weights = dict(  # of the loss: log-normal in (k+1)/K at scale k
+      mean=0.0,
+      sigma=0.0,             # 0: all tokens weigh the same
+  )
   config.progressive = dict(
       end=0.0,               # fraction of the run by which all scales are trained; 0: all from the start
       start_scale=4,         # finest scale at first

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 def generator_forward(generator):
   """Of one image through a `Generator`, all scales: 24·D²·L + 4·D·pairs + 12·D² a block, and what lies around them.
 
-  pairs: (query, key) that see each other, the sum over scales of size · (all tokens up to that scale).
+  pairs: (query, key) that see each other: the sum over scales of size · (all tokens up to that scale), unless Markov.
   """
   D, L, N = generator.width or 64 * generator.depth, generator.pyramid.length, generator.depth
-  pairs = sum(size * part.stop for size, part in zip(generator.pyramid.sizes, generator.pyramid.slices))
+  pairs = int(generator.pyramid.visible_LxL.sum())
   mlp = round(D * generator.mlp_ratio)
   block = 2 * L * (4 * D * D + 2 * D * mlp) + 4 * D * pairs
   adaln = 12 * D * D if generator.shared_adaln else N * 12 * D * D

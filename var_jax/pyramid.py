@@ -12,6 +12,8 @@ from var_jax.errors import UserError
 class Pyramid:
   """Scales as (height, width) pairs, coarse to fine. L is the number of tokens in all, K the number of scales.
 
+  markov: whether a generator's tokens see their own scale alone, whose input is the sum of all coarser ones.
+
   >>> Pyramid(((1, 1), (2, 2), (3, 3)))
   Pyramid(3 scales, 14 tokens: 1x1 2x2 3x3)
   >>> Pyramid.of((1, 2, 3)).slices[1]
@@ -19,6 +21,7 @@ class Pyramid:
   """
 
   scales: tuple[tuple[int, int], ...]
+  markov: bool = False
 
   @classmethod
   def of(cls, scales):
@@ -68,7 +71,8 @@ class Pyramid:
   @functools.cached_property
   def visible_LxL(self):
     """(L, L) bool: True where a query (row) may look: at tokens of its own and of coarser scales (paper, sec. 3.3)."""
-    return self.level_L[:, None] >= self.level_L[None, :]
+    levels_Lx1, levels_1xL = self.level_L[:, None], self.level_L[None, :]
+    return levels_Lx1 == levels_1xL if self.markov else levels_Lx1 >= levels_1xL
 
   def split(self, x_BxLxC):
     """Cuts (B, L, ...) into K arrays (B, h*w, ...)."""

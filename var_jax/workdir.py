@@ -1,6 +1,7 @@
 """Workdirs: `config.json`, `checkpoints/` and, in a generator's, its tokenizer's copy. The one way to load a model."""
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -158,8 +159,9 @@ def make_generator(config, tokenizer):
   if config.attention == 'cudnn' and config.dtype != 'bfloat16':
     raise UserError("attention='cudnn' works in bfloat16 alone: add --config.dtype=bfloat16, or leave it at auto")
   fields.update(width=width, heads=heads, remat=_remat(config), attention=config.attention)
+  pyramid = dataclasses.replace(tokenizer.pyramid, markov=fields.pop('markov'))
   return Generator(
-      tokenizer.pyramid, tokenizer.codes, tokenizer.channels, **fields, dtype=activation_dtype(config))
+      pyramid, tokenizer.codes, tokenizer.channels, **fields, dtype=activation_dtype(config))
 
 
 def image_size(workdir):
@@ -238,9 +240,12 @@ def initial_tokenizer(workdir, config, tokenizer):
 
 
 def initial_generator(workdir, config, generator):
-  """The parameters that a generator's run begins with, see `generator.adapt`; None for new ones."""
-  if not _begins(workdir, config):
-    return None
+  """The parameters that a generator's run begins with; None for new ones."""
+  return start_of(config, generator) if _begins(workdir, config) else None
+
+
+def start_of(config, generator):
+  """The parameters of the model in `start_from` as this generator's, see `generator.adapt`."""
   old, params, _, _ = load_generator(config.start_from)
   adapt.check_alike(old, generator, adapt.GENERATOR_FIELDS)
   return jax.device_get(adapt.adapted(params, old, generator, generator_shapes(generator)))

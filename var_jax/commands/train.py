@@ -78,9 +78,8 @@ LIMITS = {  # setting: (least, most) of what a run can use
     'max_skipped_in_row': (1, None), 'log_every': (0, None),
     'eval_every': (0, None), 'eval_images': (0, None), 'pictures_every': (0, None), 'checkpoint_every': (0, None),
     'data.enlarge': (1, None), 'data.workers': (0, None), 'optimizer.warmup': (0, 1), 'label_drop': (0, 1),
-    'label_smoothing': (0, 1), 'drop_path': (0, 0.99), 'codebook.scale_dropout': (0, 1),
-    'codebook.restart_every': (0, None),
-    'codebook.restart_after': (1, None), 'model.codes': (1, None), 'model.channels': (1, None), 'model.ch': (1, None),
+    'label_smoothing': (0, 1), 'distill': (0, 100), 'scale_weights.sigma': (0, None), 'drop_path': (0, 0.99),
+    'codebook.scale_dropout': (0, 1), 'codebook.restart_every': (0, None), 'codebook.restart_after': (1, None), 'model.codes': (1, None), 'model.channels': (1, None), 'model.ch': (1, None),
     'model.res_blocks': (0, None), 'model.groups': (1, None), 'model.phi_layers': (0, None),
     'model.width': (0, None), 'model.heads': (0, None), 'model.classes': (0, None), 'progressive.end': (0, 1),
     'progressive.start_scale': (0, None), 'measure.every': (0, None), 'measure.per_class': (1, None),
@@ -142,8 +141,12 @@ def make_stage(config, workdir, steps):
   if config.progressive.end and config.progressive.start_scale >= len(generator.pyramid):
     raise UserError(f'progressive.start_scale is {config.progressive.start_scale}, but scales count from 0 to '
                     f'{len(generator.pyramid) - 1}: choose a smaller one')
+  if config.distill and not config.start_from:
+    raise UserError('distill needs a model whose guidance is learned: add --config.start_from=DIR, its workdir')
   initial = workdir_lib.initial_generator(workdir, config, generator)
-  stage = GeneratorStage(config, generator, tokenizer, params, workdir_lib.fingerprint(params), steps, initial)
+  guide = workdir_lib.start_of(config, generator) if config.distill else None
+  stage = GeneratorStage(
+      config, generator, tokenizer, params, workdir_lib.fingerprint(params), steps, initial, guide)
   return stage, lambda: workdir_lib.keep_tokenizer(workdir, place, params)
 
 

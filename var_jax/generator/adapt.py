@@ -34,7 +34,7 @@ def adapted(params, old, new, shapes):
   if old.classes != new.classes:
     none_D = np.asarray(params['class_embedding'])[-1]
     params['class_embedding'] = np.tile(none_D, (new.classes + 1, 1))
-  if old.pyramid != new.pyramid:
+  if old.pyramid.scales != new.pyramid.scales:
     params['level_embedding'] = _levels(np.asarray(params['level_embedding']), len(new.pyramid))
     params['position'] = _positions(np.asarray(params['position']), old.pyramid, new.pyramid)
     params['start'] = _resized(np.asarray(params['start']), old.pyramid.scales[0], new.pyramid.scales[0])

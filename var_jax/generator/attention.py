@@ -1,6 +1,6 @@
 """Attention between token maps: one function, softmax in float32, only over what is visible.
 
-xla: products of each range of queries with the keys up to its end; runs everywhere. cudnn: the same ranges, each by
+xla: products of each range of queries with the keys that it sees; runs everywhere. cudnn: the same ranges, each by
 cuDNN's fused kernel, which keeps no weights in memory; for GPUs, in bfloat16. splash: one Pallas kernel for TPUs that
 leaves out blocks that are hidden. auto: what suits the devices.
 """
@@ -22,7 +22,7 @@ TILE = 128  # splash attention takes lengths that are multiples of it
 def attend(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, pyramid=None, implementation='xla'):
   """Softmax attention without further scaling of the queries; (B, L, H, Dh) in v's dtype.
 
-  pyramid: whose tokens queries and keys are, each seeing its own and coarser scales; None when every key is visible.
+  pyramid: whose tokens queries and keys are, and which of them see each other; None when every key is visible.
   implementation: one of IMPLEMENTATIONS.
   """
   q, k, v = q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh
@@ -46,11 +46,11 @@ def chosen(implementation, dtype):
 
 
 def query_ranges(pyramid):
-  """[(start, end)] of queries that are computed together, against the keys up to `end`."""
+  """[(first, start, end)]: queries from `start` to `end` are computed together, against the keys `first` to `end`."""
   ranges, start = [], 0
   for part in pyramid.slices:
     if part.stop - start >= LEAST_QUERIES or part.stop == pyramid.length:
-      ranges.append((start, part.stop))
+      ranges.append((start if pyramid.markov else 0, start, part.stop))
       start = part.stop
   return ranges
 
@@ -61,10 +61,10 @@ def _by_ranges(core, q, k, v, pyramid, length_axis):
     return core(q, k, v)
   cut = lambda x, start, end: jax.lax.slice_in_dim(x, start, end, axis=length_axis)
   parts = []
-  for start, end in query_ranges(pyramid):
-    visible = pyramid.visible_LxL[start:end, :end]
+  for first, start, end in query_ranges(pyramid):
+    visible = pyramid.visible_LxL[start:end, first:end]
     mask = None if visible.all() else jnp.asarray(visible[None, None])
-    parts.append(core(cut(q, start, end), cut(k, 0, end), cut(v, 0, end), mask=mask))
+    parts.append(core(cut(q, start, end), cut(k, first, end), cut(v, first, end), mask=mask))
   return jnp.concatenate(parts, axis=length_axis)
 
 

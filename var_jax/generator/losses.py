@@ -15,6 +15,12 @@ def token_losses(logits_BxLxV, tokens_BxL, label_smoothing=0.0):
   return jax.nn.logsumexp(logits_BxLxV, axis=-1) - aim_BxL
 
 
+def divergence(target_BxLxV, logits_BxLxV):
+  """(B, L) Kullback-Leibler divergence from what some logits say to what others do, in nats."""
+  target_BxLxV, found_BxLxV = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (target_BxLxV, logits_BxLxV))
+  return jnp.sum(jnp.exp(target_BxLxV) * (target_BxLxV - found_BxLxV), axis=-1)
+
+
 def progressive_weights(step, steps, pyramid, *, start_scale, end, warmup, ramp):
   """(L,) weights of progressive training: scales join one by one, each ramped up; later scales weigh nothing.
 
@@ -31,6 +37,13 @@ def progressive_weights(step, steps, pyramid, *, start_scale, end, warmup, ramp)
   grown_K = jnp.clip((step - joins) / max(ramp, 1), 0.01, 1.0)
   weight_K = jnp.where(joins <= 0, 1.0, jnp.where(step >= joins, grown_K, 0.0))
   return weight_K[pyramid.level_L]
+
+
+def scale_weights(pyramid, mean, sigma):
+  """(L,) weights: the density of a log-normal distribution at (k+1)/K for scale k, scaled to a mean of 1."""
+  place_K = np.arange(1, len(pyramid) + 1) / len(pyramid)
+  weight_L = (np.exp(-(np.log(place_K) - mean) ** 2 / (2 * sigma**2)) / place_K)[pyramid.level_L]
+  return (weight_L / weight_L.mean()).astype(np.float32)
 
 
 def summarize(logits_BxLxV, tokens_BxL, pyramid, mask_B=None, label_smoothing=0.0):

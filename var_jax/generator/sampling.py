@@ -102,7 +102,7 @@ def sample(generator, tokenizer, params, labels_B, keys_B, choices, given=None):
   tokens, guided, drawn = [], [], []
   for k in range(len(pyramid)):
     logits_2BxlxV, new = model.next_scale(labels_2B, k, inputs, past)
-    past += (new,)
+    past = () if pyramid.markov else (*past, new)
     t = choices.cfg * k / max(len(pyramid) - 1, 1)
     guided.append(logits_2BxlxV if halves == 1 else (1 + t) * logits_2BxlxV[:B] - t * logits_2BxlxV[B:])
     tokens_Bxl, codes_BxlxC = _draw(guided[-1], keys_B, k, len(pyramid), choices, quantizer.codebook)

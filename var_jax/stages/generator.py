@@ -16,15 +16,15 @@ class GeneratorStage:
   """Trains a `Generator`. See `training.loop.train` for what the loop asks of a stage.
 
   fingerprint: of the tokenizer's parameters; every checkpoint carries it. initial: parameters to begin with, None for
-  new ones.
+  new ones. guide: parameters of the model whose guidance is learned, with config.distill.
   """
 
   name = 'generator'
 
-  def __init__(self, config, generator, tokenizer, tokenizer_params, fingerprint, steps, initial=None):
+  def __init__(self, config, generator, tokenizer, tokenizer_params, fingerprint, steps, initial=None, guide=None):
     self.config, self.generator, self.tokenizer, self.steps = config, generator, tokenizer, steps
     self.image_size = tokenizer.image_size
-    self.frozen = {'tokenizer': tokenizer_params}
+    self.frozen = {'tokenizer': tokenizer_params} | ({'guide': guide} if config.distill else {})
     self.metadata = {'tokenizer': fingerprint}
     self.optimizer = optimizer_lib.from_config(config.optimizer, steps, config.freeze)
     self.initial = initial
@@ -45,7 +45,7 @@ class GeneratorStage:
 
   def train_step(self, state, batch):
     """(state, metrics) after one step. Pure."""
-    loss = lambda params, part, key: self._loss(params, self.encode_batch(state, part), key, state.step)
+    loss = lambda params, part, key: self._loss(params, self.encode_batch(state, part), key, state)
     grads, metrics = accumulated(loss, state.params, batch, state.step_key, self.config.accumulate)
     state, more = state.updated(grads, self.optimizer, ema_decay=self.config.ema)
     return state, metrics | more
@@ -59,7 +59,7 @@ class GeneratorStage:
     teacher_BxMxC = self.tokenizer.apply(variables, tokens_BxL, method='teacher_input')
     return {'label': batch['label'], 'tokens': tokens_BxL, 'teacher': teacher_BxMxC}
 
-  def _loss(self, params, batch, key, step):
+  def _loss(self, params, batch, key, state):
     config, generator, pyramid = self.config, self.generator, self.generator.pyramid
     label_key, path_key = jax.random.split(key)
     labels_B, tokens_BxL = batch['label'], batch['tokens']
@@ -68,13 +68,32 @@ class GeneratorStage:
     keep = drop_path_factors(path_key, generator.depth, len(labels_B), config.drop_path) if config.drop_path else None
     logits_BxLxV = generator.apply({'params': params}, labels_B, batch['teacher'], keep)
     metrics = losses.summarize(logits_BxLxV, tokens_BxL, pyramid, label_smoothing=config.label_smoothing)
-    if not config.progressive.end:
-      return metrics['loss'], metrics
-    weight_L = losses.progressive_weights(
-        step, self.steps, pyramid, start_scale=config.progressive.start_scale, end=config.progressive.end,
-        warmup=round(config.optimizer.warmup * self.steps), ramp=round(config.progressive.ramp * self.steps))
-    loss_BxL = losses.token_losses(logits_BxLxV, tokens_BxL, config.label_smoothing)
-    return jnp.mean(loss_BxL * weight_L), metrics
+    if config.distill:
+      guided_BxLxV = self._guided(state.frozen['guide'], labels_B, batch['teacher'])
+      loss_BxL = losses.divergence(guided_BxLxV, logits_BxLxV)
+      metrics['distillation'] = jnp.mean(loss_BxL)
+    else:
+      loss_BxL = losses.token_losses(logits_BxLxV, tokens_BxL, config.label_smoothing)
+    return jnp.mean(loss_BxL * self._weights(state.step)), metrics
+
+  def _weights(self, step):
+    """(L,) weights of the tokens in the loss, or 1."""
+    config, pyramid, weight_L = self.config, self.generator.pyramid, 1.0
+    if config.progressive.end:
+      weight_L = losses.progressive_weights(
+          step, self.steps, pyramid, start_scale=config.progressive.start_scale, end=config.progressive.end,
+          warmup=round(config.optimizer.warmup * self.steps), ramp=round(config.progressive.ramp * self.steps))
+    if config.scale_weights.sigma:
+      weight_L *= losses.scale_weights(pyramid, **config.scale_weights)
+    return weight_L
+
+  def _guided(self, params, labels_B, teacher_BxMxC):
+    """(B, L, V) logits of a model with the guidance that sampling would give them, see `sampling.sample`."""
+    B, pyramid = len(labels_B), self.generator.pyramid
+    labels_2B = jnp.concatenate([labels_B, jnp.full_like(labels_B, self.generator.classes)])
+    logits = self.generator.apply({'params': params}, labels_2B, jnp.tile(teacher_BxMxC, (2, 1, 1)))
+    t_Lx1 = self.config.distill * pyramid.level_L[:, None] / max(len(pyramid) - 1, 1)
+    return jax.lax.stop_gradient((1 + t_Lx1) * logits[:B] - t_Lx1 * logits[B:])
 
   def eval_step(self, state, batch):
     """Sums over the images of a batch, without label drop, drop-path and smoothing."""
