@@ -22,7 +22,7 @@ import numpy as np
 
 from var_jax import flops, progress
 from var_jax import workdir as workdir_lib
-from var_jax.commands import flags
+from var_jax.commands import flags, output
 from var_jax.errors import UserError
 from var_jax.generator import sampling
 from var_jax.stages.generator import GeneratorStage
@@ -62,7 +62,7 @@ def main(arguments):
     found[name] = measured(ROWS[name](), options.repeats, options.profile and f'{options.profile}/{name}')
     path = pathlib.Path(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + '\n')
+    output.save_text(path, json.dumps(found, indent=1) + '\n')
   print(table({name: found[name] for name in rows}, old))
 
 
@@ -93,7 +93,8 @@ def measured(program, repeats, trace=None):
       'gflops_per_second': program.images * program.flops / median / 1e9, 'product_gflops_per_second': rate / 1e9,
       'share_of_product': program.images * program.flops / median / rate, 'compile_seconds': compile_seconds,
       'arguments_mib': memory.argument_size_in_bytes / 2**20, 'temporaries_mib': memory.temp_size_in_bytes / 2**20,
-      'output_mib': memory.output_size_in_bytes / 2**20, 'machine': machine()}
+      
+      'output_mib': (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**20, 'machine': machine()}
 
 
 def timed(function, *arguments):

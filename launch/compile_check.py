@@ -2,9 +2,9 @@
 
 python launch/compile_check.py --config=experiments/imagenet256.py:generator,depth=16 --topology=v5e:4x4
 Needs no accelerator, but `pip install -e '.[tpu]'`. Settings are changed as in training: --config.remat=dots
---config.accumulate=2; `--fit` finds the smallest accumulate that fits. Exit status 1 when it does not fit: 90 % of a
-chip's memory are to be enough. `--platform=cuda` lowers for GPUs instead, which shows that the program can be built
-for them and no more.
+--config.accumulate=2; `--fit` tries about twice as many slices until they fit. Exit status 1 when nothing does: 90 %
+of a chip's memory are to be enough. `--platform=cuda` lowers for GPUs instead, which shows that the program can be
+built for them and no more.
 """
 
 import json
@@ -23,6 +23,7 @@ from jax.experimental import topologies
 from var_jax import flops
 from var_jax import workdir as workdir_lib
 from var_jax.commands import flags
+from var_jax.commands.train import check_numbers
 from var_jax.errors import UserError
 from var_jax.generator import attention, sampling
 from var_jax.stages.generator import GeneratorStage
@@ -61,6 +62,7 @@ def main(arguments):
   parser.add_argument('--json', action='store_true', help='one line of JSON in place of the table')
   options, overrides = parser.parse_known_args(arguments)
   config = flags.read_config(options.config, overrides)
+  check_numbers(config)
   if options.platform == 'cuda':
     lowered = program(config, options, jax.devices()[:1])[0].lower(lowering_platforms=('cuda',))
     print(f'lowered for cuda: {len(lowered.as_text().splitlines())} lines of StableHLO')
@@ -132,7 +134,8 @@ def abstract_stage(config, options):
   file = options.config.partition(':')[0]
   tokenizer = workdir_lib.make_tokenizer(flags.read_config(f'{file}:tokenizer', [f'--config.dtype={config.dtype}']))
   generator = workdir_lib.make_generator(config, tokenizer)
-  return GeneratorStage(config, generator, tokenizer, workdir_lib.tokenizer_shapes(tokenizer), '', steps)
+  guide = workdir_lib.generator_shapes(generator) if config.distill else None
+  return GeneratorStage(config, generator, tokenizer, workdir_lib.tokenizer_shapes(tokenizer), '', steps, None, guide)
 
 
 def sampler(stage, mesh, per_device):
@@ -146,8 +149,10 @@ def sampler(stage, mesh, per_device):
     choices = sampling.Choices(**stage.config.sample)
     return sampling.sample(stage.generator, stage.tokenizer, params, labels_B.astype(jnp.int32), keys, choices)[:2]
 
+  passes = 2 if stage.config.sample.cfg else 1
+  ideal = flops.sample(stage.generator, stage.tokenizer, params['tokenizer'], passes)
   traced = jax.jit(draw, out_shardings=mesh_lib.split(mesh)).trace(mesh_lib.placed(params, mesh), each, each)
-  return traced, count * flops.sample(stage.generator, stage.tokenizer, params['tokenizer']), count
+  return traced, count * ideal, count
 
 
 def check(config, options, chip):

@@ -44,7 +44,10 @@ def main(arguments):
   options = parser.parse_args(arguments)
   path = pathlib.Path(options.results)
   found = read(path)
-  missing = [key for key in programs() if key not in found and (options.only or '') in ' '.join(key)]
+  wanted = [key for key in programs() if (options.only or '') in ' '.join(key)]
+  if not wanted:
+    raise UserError(f'--only={options.only} is in no row and pod, such as "{" ".join(next(iter(programs())))}"')
+  missing = [key for key in wanted if key not in found]
   for row, pod in [] if options.show else progress.bar(missing, title='compile', unit='program'):
     found[row, pod] = compiled(row, pod)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +57,17 @@ def main(arguments):
 
 
 def read(path):
-  """{(row, pod): figures} of a file of results."""
-  lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
-  return {(line['row'], line['topology']): line for line in lines}
+  """{(row, pod): figures} of a file of results; of other settings than ours, and of lines cut short, nothing."""
+  found = {}
+  for line in path.read_text().splitlines() if path.is_file() else []:
+    try:
+      figures = json.loads(line)
+    except ValueError:
+      continue
+    key = figures['row'], figures['topology']
+    if figures['program'] == 'sample' or f'--config.accumulate={figures["accumulate"]}' in programs().get(key, []):
+      found[key] = figures
+  return found
 
 
 def compiled(row, pod):
@@ -80,7 +91,8 @@ def cell(figures):
   if figures is None:
     return ''
   if not figures['fits']:
-    return f'no: {figures.get("peak_gib") or figures.get("needs_gib")} GiB'
+    needs = figures.get('peak_gib') or figures.get('needs_gib')
+    return f'no: {needs:.1f} GiB' if needs else 'no'
   images = figures['images'] // figures['chips'] // figures['accumulate']
   return f'{figures["share_of_memory"]:.0%}, {images}, {figures["mfu_ceiling"]:.0%}'.replace('%', ' %')
 

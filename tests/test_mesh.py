@@ -23,11 +23,28 @@ def test_sizes_make_up_the_devices():
   assert dict(mesh_lib.make_mesh().shape) == {'data': 8, 'fsdp': 1, 'tensor': 1}
   assert dict(mesh_of(-1, 2, 2).shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
   assert dict(mesh_of(1, -1, 4).shape) == {'data': 1, 'fsdp': 2, 'tensor': 4}
-  for sizes in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (4, 1, 1), (0, 1, 8), (16, 1, 1)):
+  for sizes in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (4, 1, 1), (1, 0, 8), (16, 1, 1)):
     with pytest.raises(UserError, match='mesh'):
       mesh_of(*sizes)
   with pytest.raises(UserError, match='such as --config.mesh.fsdp=4'):
     mesh_of(-1, 12, 1)
+
+
+def test_slices_are_data():
+  class Device:
+    platform = 'tpu'
+
+    def __init__(self, i):
+      self.id, self.process_index, self.slice_index, self.coords = i, i // 4, i // 4, (i % 4, 0, 0)
+      self.core_on_chip, self.device_kind = 0, 'TPU v5 lite'
+
+  pod = [Device(i) for i in range(8)]
+  mesh = mesh_lib.make_mesh(pod, data=0, fsdp=-1)
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 4, 'tensor': 1}
+  assert [{device.slice_index for device in row.ravel()} for row in mesh.devices] == [{0}, {1}]
+  with pytest.raises(UserError, match='such as --config.mesh.data=2'):
+    mesh_lib.make_mesh(pod, data=1, fsdp=-1)
+  assert dict(mesh_of(0, -1, 1).shape) == {'data': 1, 'fsdp': 8, 'tensor': 1}
 
 
 def test_inference_takes_a_runs_mesh_as_far_as_it_fits():

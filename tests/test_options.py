@@ -66,6 +66,7 @@ def test_scale_weights_are_log_normal():
   weight_L = losses.scale_weights(pyramid, mean=-0.5, sigma=0.8)
   assert weight_L.shape == (21,) and weight_L.mean() == pytest.approx(1)
   density = lambda x: np.exp(-(np.log(x) + 0.5) ** 2 / (2 * 0.64)) / x
+  assert np.isfinite(losses.scale_weights(pyramid, mean=-5, sigma=0.01)).all()
   assert weight_L[0] / weight_L[-1] == pytest.approx(density(1 / 3) / density(1), rel=1e-5)
   plain, weighted = (Trainer('generator', **CERTAIN, **{'scale_weights.sigma': sigma}).run(1)[0]
                      for sigma in (0.0, 0.5))
@@ -97,6 +98,8 @@ def test_guidance_is_learned_from_another_run(tmp_path_factory, tmp_path, capsys
              f'--config.tokenizer={tokenizer}', '--config.steps=30', '--config.label_drop=0', '--config.ema=0']
   assert main(command) == 2
   assert '--config.start_from' in capsys.readouterr().err
+  assert main([*command, f'--config.start_from={first}', '--config.model.markov=True']) == 2
+  assert 'start_from has pyramid' in capsys.readouterr().err
   assert main([*command, f'--config.start_from={first}', '--config.optimizer.peak_lr=0.01']) == 0
   found = [line['train/distillation'] for line in metrics_of(tmp_path / 'w') if 'train/distillation' in line]
   assert np.mean(found[-5:]) < 0.7 * np.mean(found[:5]) and min(found) >= 0

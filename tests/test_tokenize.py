@@ -35,7 +35,7 @@ def made(trained, tmp_path_factory):
 
 
 def test_tokens_are_those_of_the_images_in_their_order(trained, made):
-  assert sorted(p.name for p in made.iterdir()) == [
+  assert sorted(p.name for p in made.glob('[!.]*')) == [
       'tokens.json', *(f'train-{i:05d}-of-00004.array_record' for i in range(4)),
       'validation-00000-of-00001.array_record']
   model, size = var_jax.load(trained[1]), (8, 8)
@@ -88,7 +88,8 @@ def test_what_is_missing_is_made_again(trained, made, capsys):
 @pytest.mark.parametrize('flags, word', [
     (['--crops=2'], 'crops is another'), (['--config.seed=5', '--config.data.enlarge=2'], 'seed, enlarge'),
     (['--crops=0'], '--crops'), (['--batch_size=-1'], '--batch_size'),
-    (['--config.data.source=tokens', '--config.data.path=.'], 'needs images')])
+    (['--config.data.source=tokens', '--config.data.path=.'], 'needs images'), (['--config.seed=-1'], 'seed is -1'),
+    (['--config.data.workers=-1'], 'data.workers'), (['--out=README.md'], 'cannot write')])
 def test_nonsense_is_refused(trained, made, capsys, flags, word):
   assert tokenize(trained, made, *WHOLE, *flags) == 2
   error = capsys.readouterr().err.strip()
@@ -101,11 +102,15 @@ def test_tokens_of_another_tokenizer_are_refused(trained, made, tmp_path, capsys
   for path in made.iterdir():
     (other / path.name).write_bytes(path.read_bytes())
   description = json.loads((other / 'tokens.json').read_text())
-  (other / 'tokens.json').write_text(json.dumps(description | {'tokenizer': 'another'}))
   train = ['train', f'--workdir={tmp_path / "w"}', f'--config.tokenizer={trained[1]}', '--config.data.source=tokens',
            f'--config.data.path={other}']
-  assert main([*train, f'--config={trained[0]}:generator']) == 2
-  assert 'made by another tokenizer' in capsys.readouterr().err
+  for change in ({'tokenizer': 'another'}, {'scales': [[1, 1], [2, 4], [3, 4]]}):
+    (other / 'tokens.json').write_text(json.dumps(description | change))
+    assert main([*train, f'--config={trained[0]}:generator']) == 2
+    assert 'made by another tokenizer' in capsys.readouterr().err
+  (other / 'tokens.json').write_text(json.dumps(description))
+  assert main([*train, f'--config={trained[0]}:generator', '--config.measure.every=4']) == 2
+  assert 'measure.every' in capsys.readouterr().err
   (other / 'validation-00000-of-00001.array_record').write_bytes(b'\0' * 1000)
   assert main([*train, f'--config={trained[0]}:generator']) == 2
   assert 'cannot read the validation tokens' in capsys.readouterr().err

@@ -27,7 +27,7 @@ def _common(stage):
       accumulate=1,          # slices of a batch that are computed one after the other
       steps=0,               # 0: from epochs
       epochs=0.0,
-      mesh=dict(data=-1, fsdp=1, tensor=1),  # devices along each axis, -1 for the rest; see training/mesh.py
+      mesh=dict(data=-1, fsdp=1, tensor=1),  # devices along each axis, -1 for the rest; data: 0 for one a slice
       remat='none',          # what the backward pass computes again: none, pointwise, dots (attention too) or all
       dtype='float32',       # of activations: float32 or bfloat16; parameters and sums stay float32
       start_from='',         # a workdir whose parameters the run begins with, adapted to other classes and scales
@@ -184,7 +184,7 @@ def on_imagenet(config, runlocal):
   if not runlocal:
     config.update(dtype='bfloat16', remat='pointwise')
     if config.stage == 'generator':
-      config.mesh.update(data=1, fsdp=-1)
+      config.mesh.update(data=0, fsdp=-1)
     return config
   config.data.source = 'digits'
   if config.stage == 'tokenizer':

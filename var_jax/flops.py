@@ -48,14 +48,16 @@ def _of_jaxpr(jaxpr):
 
 
 def train_step(stage, state, batch):
-  """Of one image in a stage's train_step: the generator's by formula, three times its forward pass, and once what its
-  frozen tokenizer does; a tokenizer's as its jaxpr has it. state, batch: arrays or their shapes.
+  """Of one image in a stage's train_step. state, batch: arrays or their shapes.
+
+  The generator's by formula: three times its forward pass, two of the model whose guidance it learns, and once what its
+  frozen tokenizer does. A tokenizer's as its jaxpr has it.
   """
   images = len(next(iter(batch.values())))
   if stage.name != 'generator':
     return counted(stage.train_step, state, batch) / images
   frozen = counted(stage.encode_batch, state, batch) / images
-  return frozen + 3 * generator_forward(stage.generator)
+  return frozen + (5 if stage.config.distill else 3) * generator_forward(stage.generator)
 
 
 def sample(generator, tokenizer, tokenizer_params, passes=2):

@@ -78,8 +78,8 @@ def check_config(workdir, config):
 
 
 @contextlib.contextmanager
-def training_alone(workdir):
-  """Holds the workdir's lock. UserError when another run of this machine trains in it."""
+def alone(workdir):
+  """Holds a folder's lock. UserError when another run of this machine works in it."""
   if not processes.is_first():
     yield
     return
@@ -93,7 +93,7 @@ def training_alone(workdir):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise UserError(f'another process is training in {workdir}: wait for it, stop it, or use another one') from None
+      raise UserError(f'another process is at work in {workdir}: wait for it, stop it, or use another one') from None
     except OSError:
       pass  # a file system without locks
     yield
@@ -240,15 +240,22 @@ def initial_tokenizer(workdir, config, tokenizer):
 
 
 def initial_generator(workdir, config, generator):
-  """The parameters that a generator's run begins with; None for new ones."""
-  return start_of(config, generator) if _begins(workdir, config) else None
-
-
-def start_of(config, generator):
-  """The parameters of the model in `start_from` as this generator's, see `generator.adapt`."""
+  """The parameters that a generator's run begins with, see `generator.adapt`; None for new ones."""
+  if not _begins(workdir, config):
+    return None
   old, params, _, _ = load_generator(config.start_from)
   adapt.check_alike(old, generator, adapt.GENERATOR_FIELDS)
   return jax.device_get(adapt.adapted(params, old, generator, generator_shapes(generator)))
+
+
+def find_guide(config, generator, tokenizer_params):
+  """The parameters of the model in `start_from`. UserError unless it is of this generator's kind in every respect."""
+  old, params, _, old_tokenizer = load_generator(config.start_from)
+  adapt.check_alike(old, generator, (*adapt.GENERATOR_FIELDS, 'classes', 'pyramid'))
+  if fingerprint(old_tokenizer) != fingerprint(tokenizer_params):
+    raise UserError(f'{config.start_from} has another tokenizer, whose tokens mean something else: to learn its '
+                    f'guidance, add --config.tokenizer={config.start_from}')
+  return jax.device_get(params)
 
 
 def find_tokenizer(workdir, source, say=note):

@@ -1,5 +1,6 @@
 """`var-jax tokenize`: a data set's token pyramids, so that a generator's training needs no encoder."""
 
+import contextlib
 import pathlib
 
 import jax
@@ -7,9 +8,11 @@ import numpy as np
 
 from var_jax import progress
 from var_jax import workdir as workdir_lib
-from var_jax.commands import flags
+from var_jax.commands import flags, output
+from var_jax.commands.train import check_numbers
 from var_jax.data import pipeline, tokens
 from var_jax.data.sources import SPLITS, open_source
+from var_jax.errors import UserError, note
 
 EXAMPLE = ('var-jax tokenize --config=experiments/digits.py:generator --workdir=runs/digits/tokenizer '
            '--out=runs/digits/tokens --crops=8\n  then: var-jax train --config=experiments/digits.py:generator '
@@ -39,44 +42,60 @@ def run(config, options):
   from var_jax.model import Model
   from var_jax.training import mesh, processes
 
+  check_numbers(config)
   sources = {split: open_source(config.data.source, config.data.path, split) for split in SPLITS}
   tokenizer, params = workdir_lib.load_tokenizer(options.workdir)
   made = {
-      'tokenizer': workdir_lib.fingerprint(params), 'codes': tokenizer.codes, 'length': tokenizer.pyramid.length,
+      'tokenizer': workdir_lib.fingerprint(params), 'codes': tokenizer.codes, 'scales': tokenizer.pyramid.scales,
       'crops': options.crops, 'seed': config.seed, 'enlarge': config.data.enlarge, 'flip': config.data.flip,
-      'classes': sources['train'].class_names, **{split: len(source) for split, source in sources.items()}}
-  tokens.describe(options.out, made)
-  model = Model(tokenizer, params, mesh=mesh.make_mesh(jax.local_devices()))
-  work = [(split, i, pathlib.Path(options.out) / name) for split, source in sources.items()
-          for i, name in enumerate(tokens.shard_names(split, len(source)))]
-  mine = [item for item in work[jax.process_index()::jax.process_count()] if not item[2].exists()]
-  bar = progress.bar(title='images', unit='image', show=processes.is_first(), total=sum(
-      min(tokens.PER_SHARD, len(sources[split]) - i * tokens.PER_SHARD) for split, i, _ in mine))
-  for split, i, path in mine:
-    rows = encoded(model, sources[split], config, options, split, i * tokens.PER_SHARD)
-    tokens.write_shard(path, _counted(rows, bar), tokenizer.codes)
-  bar.close()
+      'images': tokens.name_of(sources['train']), 'classes': sources['train'].class_names,
+      **{split: len(source) for split, source in sources.items()}}
+  output.make_folder(pathlib.Path(options.out))
+  with workdir_lib.alone(options.out):
+    if processes.is_first():
+      tokens.describe(options.out, made)
+    processes.wait('described')
+    missing = [item for item in files_of(sources, options.out) if not item[2].exists()]
+    processes.wait('listed')
+    model = Model(tokenizer, params, mesh=mesh.make_mesh(jax.local_devices()))
+    write(model, sources, missing[jax.process_index()::jax.process_count()], config, options)
+    processes.wait('tokenized')
   if processes.is_first():
     print(f'{len(sources["train"])} images in {options.crops} crops, {len(sources["validation"])} to validate: '
           f'{options.out}')
 
 
-def encoded(model, source, config, options, split, first):
-  """(tokens (crops, L), label) of the images of one file, which begins with image number `first`."""
-  crops, last = options.crops if split == 'train' else 1, min(first + tokens.PER_SHARD, len(source))
-  batches = pipeline.crop_batches(
-      source, batch_size=options.batch_size, size=model.tokenizer.image_size, seed=config.seed, first=first, last=last,
-      crops=crops if split == 'train' else 0, enlarge=config.data.enlarge, flip=config.data.flip,
-      workers=config.data.workers)
+def files_of(sources, out):
+  """[(split, range of its images, path)] of all files."""
+  size = tokens.PER_SHARD
+  return [(split, range(i * size, min((i + 1) * size, len(source))), pathlib.Path(out) / name)
+          for split, source in sources.items() for i, name in enumerate(tokens.shard_names(split, len(source)))]
+
+
+def write(model, sources, files, config, options):
+  """Encodes the images of some files. UserError when too many cannot be read."""
+  count, skipped = sum(len(images) for _, images, _ in files), 0
+  with progress.bar(title='images', unit='image', show=jax.process_index() == 0, total=count) as bar:
+    for split, images, path in files:
+      crops = options.crops if split == 'train' else 0
+      with contextlib.closing(pipeline.crop_batches(
+          sources[split], batch_size=options.batch_size, size=model.tokenizer.image_size, seed=config.seed,
+          images=images, crops=crops, enlarge=config.data.enlarge, flip=config.data.flip,
+          workers=config.data.workers)) as batches:
+        tokens.write_shard(path, encoded(model, batches, max(crops, 1), bar), model.tokenizer.codes)
+      skipped += batches.skipped / max(crops, 1)
+      if skipped > max(1, pipeline.MAX_SHARE * count):
+        raise UserError(f'more than {pipeline.MAX_SHARE:.0%} of the images cannot be read: look at the data')
+  if skipped:
+    note(f'{round(skipped)} images could not be read; their neighbours took their places')
+
+
+def encoded(model, batches, crops, bar):
+  """(tokens (crops, L), label) of each image, from batches of crops."""
   waiting = []
   for batch in batches:
-    waiting += zip(model.encode(batch['image'], batch_size=options.batch_size), batch['label'])
+    waiting += zip(model.encode(batch['image'], batch_size=len(batch['image'])), batch['label'])
     while len(waiting) >= crops:
       yield np.stack([tokens_L for tokens_L, _ in waiting[:crops]]), waiting[0][1]
       waiting = waiting[crops:]
-
-
-def _counted(rows, bar):
-  for row in rows:
-    yield row
-    bar.update()
+      bar.update()

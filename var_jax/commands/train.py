@@ -40,12 +40,9 @@ def run(config, workdir):
   changed = workdir_lib.check_config(workdir, config)
   steps = config.steps or max(1, round(config.epochs * len(sources[0]) / config.batch_size))
   stage, keep_tokenizer = make_stage(config, workdir, steps)
-  made_by = getattr(sources[0], 'fingerprint', None)
-  if made_by and made_by != stage.metadata['tokenizer']:
-    raise UserError(
-        f'the tokens in {config.data.path} were made by another tokenizer (fingerprint {made_by}, given '
-        f'{stage.metadata["tokenizer"]}): run `var-jax tokenize` with this one, or point --config.tokenizer at theirs')
-  with workdir_lib.training_alone(workdir):
+  if config.data.source == 'tokens':
+    _check_tokens(config, sources[0], stage)
+  with workdir_lib.alone(workdir):
     return _train(stage, config, sources, workdir, keep_tokenizer, changed)
 
 
@@ -71,6 +68,18 @@ def _train(stage, config, sources, workdir, keep_tokenizer, changed):
   return 0
 
 
+def _check_tokens(config, source, stage):
+  """Raises UserError unless tokens are those of the stage's tokenizer, and all that the run needs."""
+  made, given = (source.fingerprint, source.scales), (stage.metadata['tokenizer'], stage.tokenizer.pyramid.scales)
+  if made != given:
+    raise UserError(
+        f'the tokens in {config.data.path} were made by another tokenizer (fingerprint {made[0]}, {len(made[1])} '
+        f'scales; given {given[0]}, {len(given[1])}): run `var-jax tokenize` with this one, or train with theirs, by '
+        '--config.tokenizer')
+  if config.measure.every:
+    raise UserError('measure.every compares samples with real images, which tokens are not: leave it at 0')
+
+
 LIMITS = {  # setting: (least, most) of what a run can use
     'model.depth': (1, None),
     'seed': (0, 2**32 - 1), 'batch_size': (1, None), 'accumulate': (1, None), 'steps': (0, None), 'epochs': (0, None),
@@ -88,15 +97,20 @@ LIMITS = {  # setting: (least, most) of what a run can use
 }
 
 
+def check_numbers(config):
+  """Raises UserError for a number that is out of its range."""
+  for name, (least, most) in LIMITS.items():
+    value = _lookup(config, name)
+    if value is not None and not (least <= value and (most is None or value <= most)):
+      raise UserError(f'{name} is {value}: it must be {least} or more' + (f', and at most {most}' if most else ''))
+
+
 def check(config):
   """Raises UserError for values that no run can use."""
   from var_jax.training import mesh
   from var_jax.training.optimizer import SCHEDULES
 
-  for name, (least, most) in LIMITS.items():
-    value = _lookup(config, name)
-    if value is not None and not (least <= value and (most is None or value <= most)):
-      raise UserError(f'{name} is {value}: it must be {least} or more' + (f', and at most {most}' if most else ''))
+  check_numbers(config)
   if config.optimizer.schedule not in SCHEDULES:
     raise UserError(f'there is no schedule {config.optimizer.schedule!r}: use one of {", ".join(SCHEDULES)}')
   if not all(0 <= beta < 1 for beta in config.optimizer.betas) or len(config.optimizer.betas) != 2:
@@ -145,7 +159,7 @@ def make_stage(config, workdir, steps):
   if config.distill and not config.start_from:
     raise UserError('distill needs a model whose guidance is learned: add --config.start_from=DIR, its workdir')
   initial = workdir_lib.initial_generator(workdir, config, generator)
-  guide = workdir_lib.start_of(config, generator) if config.distill else None
+  guide = workdir_lib.find_guide(config, generator, params) if config.distill else None
   stage = GeneratorStage(
       config, generator, tokenizer, params, workdir_lib.fingerprint(params), steps, initial, guide)
   return stage, lambda: workdir_lib.keep_tokenizer(workdir, place, params)

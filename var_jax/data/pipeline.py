@@ -60,8 +60,8 @@ def eval_batches(source, *, batch_size, size, enlarge=1.125, limit=None, process
   return Batches(rows.batch(local), source, local, size, enlarge, workers)
 
 
-def crop_batches(source, *, batch_size, size, seed, first, last, crops, enlarge=1.125, flip=False, workers=0):
-  """Batches of images `first` to `last` - 1 of a source in order, `crops` random ones of each; 0: the central one.
+def crop_batches(source, *, batch_size, size, seed, images, crops, enlarge=1.125, flip=False, workers=0):
+  """Batches of a range of a source's images in order, `crops` random ones of each; 0: the central one.
 
   A crop depends on (seed, image, number of the crop) alone. Batches are as those of `train_batches`; the last may be
   smaller.
@@ -72,7 +72,7 @@ def crop_batches(source, *, batch_size, size, seed, first, last, crops, enlarge=
     elements = elements.random_map(_TrainElement(source, size, enlarge, flip, crops), seed=seed)
   else:
     elements = elements.map(_EvalElement(source, size, enlarge, len(source)))
-  rows = elements[first * many:last * many]
+  rows = elements[images.start * many:images.stop * many]
   return Batches(rows.batch(batch_size, drop_remainder=False), source, batch_size, size, enlarge, workers)
 
 

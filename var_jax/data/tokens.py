@@ -5,13 +5,16 @@ train-00003-of-00129.array_record: a record for each image, in the order of its 
 of each of its crops, coarse to fine.
 """
 
+import contextlib
+import hashlib
 import json
-import os
 import pathlib
+import uuid
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from var_jax.data.images import UnreadableImage
 from var_jax.errors import UserError
 
 DESCRIPTION = 'tokens.json'
@@ -21,7 +24,8 @@ PER_SHARD = 10_000  # images
 class TokenSource:
   """`len(source)`, `source[i] -> (tokens (crops, L) int32, label)` of the images of one split.
 
-  fingerprint: of the parameters of the tokenizer that made them. UserError for a folder that is not whole.
+  fingerprint: of the parameters of the tokenizer that made them; scales: of its pyramid. UserError for a folder that is
+  not whole.
   """
 
   def __init__(self, path, split):
@@ -30,7 +34,8 @@ class TokenSource:
     try:
       made = json.loads((pathlib.Path(path) / DESCRIPTION).read_text())
       self.fingerprint, self.class_names, self._codes = made['tokenizer'], tuple(made['classes']), made['codes']
-      self._shape = made['crops'] if split == 'train' else 1, made['length']
+      self.scales = tuple(map(tuple, made['scales']))
+      self._shape = made['crops'] if split == 'train' else 1, sum(height * width for height, width in self.scales)
       files = [pathlib.Path(path) / name for name in shard_names(split, made[split])]
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise UserError(f'cannot use {path} as tokens ({str(error) or type(error).__name__}): give a folder that '
@@ -45,7 +50,7 @@ class TokenSource:
         raise ValueError(f'they hold {len(self._records)} images and not {made[split]}')
       self[len(self) - 1]
     except Exception as error:  # whatever array_record raises for damaged files
-      raise UserError(f'cannot read the {split} tokens in {path} ({str(error).splitlines()[0][:200]}): remove the '
+      raise UserError(f'cannot read the {split} tokens in {path} ({" ".join(str(error).split())[:200]}): remove the '
                       f'{split}-* files and run `var-jax tokenize` again') from error
 
   def __len__(self):
@@ -71,13 +76,24 @@ def shard_names(split, images):
   return [f'{split}-{i:05d}-of-{count:05d}.array_record' for i in range(count)]
 
 
+def name_of(source):
+  """12 hexadecimal digits that tell a source of images from others: a hash over a few of them."""
+  digest = hashlib.sha256()
+  for index in (0, len(source) // 2, len(source) - 1):
+    try:
+      image, label = source[index]
+      digest.update(np.ascontiguousarray(image).tobytes() + str(label).encode())
+    except UnreadableImage:
+      digest.update(b'unreadable')
+  return digest.hexdigest()[:12]
+
+
 def describe(folder, made):
   """Writes how the tokens in a folder are made. UserError when it holds others."""
   path = pathlib.Path(folder) / DESCRIPTION
   made = json.loads(json.dumps(made))
   if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{DESCRIPTION}.{os.getpid()}')
+    temporary = path.with_name(f'.{uuid.uuid4().hex}')
     temporary.write_text(json.dumps(made, indent=2) + '\n')
     temporary.replace(path)
     return
@@ -93,15 +109,24 @@ def describe(folder, made):
 
 def write_shard(path, rows, codes):
   """Writes a file of rows (tokens (crops, L), label), whole or not at all."""
-  temporary = path.with_name(f'.{path.name}.part')
+  temporary = path.with_name(f'.{uuid.uuid4().hex}')
   try:
-    writer = ArrayRecordWriter(str(temporary), 'group_size:1')
+    with _writing(path):
+      writer = ArrayRecordWriter(str(temporary), 'group_size:1')
     for tokens_CxL, label in rows:
-      writer.write(np.int32(label).tobytes() + tokens_CxL.astype(token_type(codes)).tobytes())
-    writer.close()
+      with _writing(path):
+        writer.write(np.int32(label).tobytes() + tokens_CxL.astype(token_type(codes)).tobytes())
+    with _writing(path):
+      writer.close()
     temporary.replace(path)
-  except RuntimeError as error:  # array_record's, for a full disk as well
-    raise UserError(f'could not write {path} ({str(error).splitlines()[0][:200]}): free some space and run the same '
-                    'command again, it goes on from there') from error
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(path):
+  try:
+    yield
+  except RuntimeError as error:  # array_record's, for a full disk as well
+    raise UserError(f'could not write {path} ({" ".join(str(error).split())[:200]}): free some space and run the same '
+                    'command again, it goes on from there') from error

@@ -30,9 +30,10 @@ def attend(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, pyramid=None, implementation='xla
   if implementation == 'splash' and pyramid is not None:
     return _splash(q, k, v, pyramid)
   if implementation == 'cudnn':
-    return _by_ranges(_cudnn, q, k, v, pyramid, length_axis=1)
+    return checkpoint_name(_by_ranges(_cudnn, q, k, v, pyramid, length_axis=1), ATTENTION)
   # Heads first: the products over (L, M) are then plain batched ones, four times as fast on a CPU.
-  return _by_ranges(_softmax, *(x.swapaxes(1, 2) for x in (q, k, v)), pyramid, length_axis=2).swapaxes(1, 2)
+  out = _by_ranges(_softmax, *(x.swapaxes(1, 2) for x in (q, k, v)), pyramid, length_axis=2).swapaxes(1, 2)
+  return checkpoint_name(out, ATTENTION)
 
 
 def chosen(implementation, dtype):

@@ -42,7 +42,8 @@ def progressive_weights(step, steps, pyramid, *, start_scale, end, warmup, ramp)
 def scale_weights(pyramid, mean, sigma):
   """(L,) weights: the density of a log-normal distribution at (k+1)/K for scale k, scaled to a mean of 1."""
   place_K = np.arange(1, len(pyramid) + 1) / len(pyramid)
-  weight_L = (np.exp(-(np.log(place_K) - mean) ** 2 / (2 * sigma**2)) / place_K)[pyramid.level_L]
+  exponent_K = -(np.log(place_K) - mean) ** 2 / (2 * sigma**2)
+  weight_L = (np.exp(exponent_K - exponent_K.max()) / place_K)[pyramid.level_L]
   return (weight_L / weight_L.mean()).astype(np.float32)
 
 

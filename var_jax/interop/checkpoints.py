@@ -101,6 +101,8 @@ def write_published(workdir, folder):
     tokenizer, params = workdir_lib.load_tokenizer(workdir)
   else:
     generator, generator_params, tokenizer, params = workdir_lib.load_generator(workdir)
+    if generator.pyramid.markov:
+      raise UserError('the published code knows no Markov scales: a generator with model.markov has no such file')
     tensors = published.to_published(generator_params, published.generator_names(generator_params))
     width = generator_params['word_embed']['bias'].shape[0]
     tensors |= published.generator_buffers(generator.pyramid, width, generator.depth)

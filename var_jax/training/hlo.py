@@ -159,7 +159,7 @@ def _trips(condition, body):
   if not counters:
     return end
   names, numbers = {i.name: i for i in body}, _constants(body)
-  counter = names[_operands(body[-1])[int(counters[0][1])]]
+  counter = names[_operands(body[-1])[int(counters[0][1])]]  # XLA prints the root last
   steps = [numbers[operand] for operand in _operands(counter) if operand in numbers]
   return math.ceil(end / steps[0]) if counter.op == 'add' and steps else end
 

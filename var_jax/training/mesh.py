@@ -29,10 +29,11 @@ STACKED = re.compile(r'(^|/)blocks/')  # the first dimension counts blocks, whic
 def make_mesh(devices=None, *, data=-1, fsdp=1, tensor=1):
   """A mesh over devices (default: all, of all processes); -1 takes what the other axes leave.
 
-  UserError when the sizes do not make up the number of devices.
+  data=0 is the number of slices, of TPUs or GPUs, between which only the slower network lies. UserError when the sizes
+  do not make up the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
+  sizes = dict(data=_slices(devices) if data == 0 else data, fsdp=fsdp, tensor=tensor)
   open_axes, fixed = [name for name in sizes if sizes[name] == -1], math.prod(s for s in sizes.values() if s != -1)
   if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise UserError(f'mesh sizes {sizes} must be 1 or more, and one of them at most -1, for the rest')
@@ -49,12 +50,17 @@ def _described(sizes):
   return ' x '.join(f'{size} {name}' for name, size in sizes.items())
 
 
+def _slices(devices):
+  return len({getattr(device, 'slice_index', None) for device in devices})
+
+
 def _arranged(devices, shape):
   """Devices in an array so that neighbours are linked well; only `data` reaches over slices."""
-  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  slices = _slices(devices)
   if slices > 1:
     if shape[0] % slices:
-      raise UserError(f'the mesh\'s data axis, {shape[0]}, is not shared evenly by {slices} slices: make it a multiple')
+      raise UserError(f'the mesh\'s data axis, {shape[0]}, is not shared evenly by {slices} slices: make it a '
+                      f'multiple, such as --config.mesh.data={slices}')
     return mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
   if devices[0].platform == 'tpu':
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
