@@ -70,6 +70,8 @@ def test_kernels_count_the_tiles_that_they_visit():
   ROOT %other.1 = bf16[4,8,768,64]{3,2,1,0} custom-call(%splash_mha_fwd.3), custom_call_target="tpu_custom_call"
 }'''
   assert hlo.count(text, counts).flops == 4 * 8 * 2 * product and hlo.count(text).flops == 0
+  single = text.replace('[4,8,768,64]{3,2,1,0}', '[8,768,64]{2,1,0}').replace('[4,8,768,64]', '[8,768,64]')
+  assert hlo.count(single, counts).flops == 8 * 2 * product  # one image: XLA drops its axis
 
 
 def test_loops_of_compiled_programs_are_understood():

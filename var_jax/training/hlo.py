@@ -40,7 +40,8 @@ class _Instruction(NamedTuple):
 def count(text, kernels=None):
   """`Cost` of a compiled program: loops count as often as they run, of a conditional the dearest branch.
 
-  kernels: {beginning of a custom call's name: FLOPs for each entry of the first two of its operands' four axes}.
+  kernels: {beginning of a custom call's name: FLOPs for each entry of all but the last two axes of its queries, which
+  are the first of its operands that are floating}.
   """
   computations, entry = _parsed(text)
   # One that goes on beside other work stands in the fusions of that work as well as where it begins.
@@ -196,8 +197,8 @@ def _flops(i, table, kernels):
   if i.op == 'convolution':
     return _convolution(i, table)
   if i.op == 'custom-call' and (found := [flops for name, flops in kernels.items() if i.name.startswith(name)]):
-    shapes = [table[operand].shapes[0][1] for operand in _operands(i) if operand in table]
-    return found[0] * math.prod(next(shape for shape in shapes if len(shape) == 4)[:2])
+    shapes = [table[operand].shapes[0] for operand in _operands(i) if operand in table]
+    return found[0] * math.prod(next(dims for kind, dims in shapes if kind in ('bf16', 'f32') and len(dims) > 2)[:-2])
   return 0
 
 
