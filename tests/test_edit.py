@@ -172,6 +172,7 @@ def test_reconstruct_refuses_what_holds_no_images_or_tokens(workdirs, tmp_path, 
   assert 'too many for one picture' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_images_that_are_not_square_are_edited_as_well():
   """8x16 pixels, a latent of 2x4: only the cells of the box change."""
   pyramid = Pyramid.of((1, (1, 2), (2, 4)))

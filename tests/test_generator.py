@@ -63,7 +63,7 @@ def test_filters_match_published_implementation():
       np.testing.assert_array_equal(np.isfinite(kept), golden[key], err_msg=key)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', ['var', *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS[1:])])
 def test_cached_sampling_equals_teacher_forcing(name):
   model, params = published_models.generator(name)
   tokenizer, tokenizer_params = published_models.tokenizer()

@@ -92,6 +92,7 @@ def test_divergence_is_zero_for_equal_logits_alone():
   np.testing.assert_allclose(losses.divergence(a, a + 3), 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_guidance_is_learned_from_another_run(tmp_path_factory, tmp_path, capsys):
   experiment, tokenizer, first = train_both(tmp_path_factory)[:3]
   command = ['train', f'--config={experiment}:generator', f'--workdir={tmp_path / "w"}', '--config.distill=2',

@@ -19,7 +19,7 @@ from var_jax.training import mesh as mesh_lib
 from var_jax.training.state import TrainState, accumulated
 
 
-@pytest.mark.parametrize('kind', STAGES)
+@pytest.mark.parametrize('kind', [pytest.param('tokenizer', marks=pytest.mark.slow), 'generator'])
 def test_average_follows_its_recursion_and_evaluation_uses_it(kind):
   trainer = Trainer(kind)
   average, states = leaves(trainer.initial.params), trainer.run(4)
@@ -57,7 +57,8 @@ def test_accumulated_slices_have_keys_of_their_own():
 
 
 @pytest.mark.parametrize('kind, mesh', [
-    ('tokenizer', (8, 1, 1)), ('tokenizer', (1, 8, 1)), ('generator', (8, 1, 1)), ('generator', (2, 2, 2)),
+    ('tokenizer', (1, 8, 1)), ('generator', (8, 1, 1)), ('generator', (2, 2, 2)),
+    pytest.param('tokenizer', (8, 1, 1), marks=pytest.mark.slow),
     pytest.param('generator', (1, 8, 1), marks=pytest.mark.slow),
     pytest.param('generator', (4, 1, 2), marks=pytest.mark.slow)])
 def test_eight_devices_compute_what_one_does(kind, mesh):
@@ -78,7 +79,8 @@ def test_eight_devices_compute_what_one_does(kind, mesh):
     assert max(leaves(apart).values()) < 1e-5, apart
 
 
-@pytest.mark.parametrize('kind, remat', [('tokenizer', 'all'), ('generator', 'dots'), ('generator', 'pointwise')])
+@pytest.mark.parametrize('kind, remat', [
+    ('generator', 'dots'), ('generator', 'pointwise'), pytest.param('tokenizer', 'all', marks=pytest.mark.slow)])
 def test_rematerialization_computes_more_and_gives_the_same(kind, remat):
   """But 'pointwise' computes no product again."""
   products = lambda trainer: len(re.findall(
@@ -220,7 +222,7 @@ def far_codes(state):
   return state.replace(params=params, ema=params)
 
 
-@pytest.mark.parametrize('kind', STAGES)
+@pytest.mark.parametrize('kind', [pytest.param('tokenizer', marks=pytest.mark.slow), 'generator'])
 def test_bfloat16_is_for_activations_alone(kind):
   coarse, fine = Trainer(kind, dtype='bfloat16'), Trainer(kind)
   (state, metrics), (_, exact) = coarse.run(1)[0], fine.run(1)[0]
