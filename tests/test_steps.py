@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from golden_files import assert_close
-from tiny_runs import CERTAIN, FULL, STAGES, Trainer, differing, farthest, leaves, moments, some_batch
+from tiny_runs import CERTAIN, FULL, Trainer, differing, farthest, leaves, moments, some_batch
 
 from var_jax.errors import UserError
 from var_jax.generator import losses as generator_losses
