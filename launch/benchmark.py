@@ -57,11 +57,11 @@ def main(arguments):
   rows = [name for name in ROWS if (options.only or '') in name]
   if not rows:
     raise UserError(f'--only={options.only} is in no row: they are {", ".join(ROWS)}')
-  old, found = read(options.against), read(options.out if pathlib.Path(options.out).exists() else None)
+  path = pathlib.Path(options.out)
+  old, found = read(options.against), read(path if path.exists() else None)
+  output.make_folder(path.parent)
   for name in progress.bar(rows, title='benchmark', unit='row'):
     found[name] = measured(ROWS[name](), options.repeats, options.profile and f'{options.profile}/{name}')
-    path = pathlib.Path(options.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     output.save_text(path, json.dumps(found, indent=1) + '\n')
   print(table({name: found[name] for name in rows}, old))
 
@@ -93,7 +93,6 @@ def measured(program, repeats, trace=None):
       'gflops_per_second': program.images * program.flops / median / 1e9, 'product_gflops_per_second': rate / 1e9,
       'share_of_product': program.images * program.flops / median / rate, 'compile_seconds': compile_seconds,
       'arguments_mib': memory.argument_size_in_bytes / 2**20, 'temporaries_mib': memory.temp_size_in_bytes / 2**20,
-      
       'output_mib': (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**20, 'machine': machine()}
 
 
@@ -135,7 +134,9 @@ def filled(shapes, scale=0.02):
 
 @functools.cache
 def tokenizer_of(file):
-  config = flags.read_config(f'{file}:tokenizer', ['--config.dtype=float32', '--config.remat=none'])
+  # Without the perceptual loss, whose weights are not ours to give.
+  plain = ['--config.dtype=float32', '--config.remat=none', '--config.loss.lpips=0']
+  config = flags.read_config(f'{file}:tokenizer', plain)
   tokenizer = workdir_lib.make_tokenizer(config)
   return config, tokenizer, filled(workdir_lib.tokenizer_shapes(tokenizer))
 
@@ -200,11 +201,8 @@ def generator_step(depth, batch, file=SMALL):
 
 
 def tokenizer_step(batch, file=SMALL):
-  """Without the perceptual loss, whose weights are not ours to give."""
+  """Without the perceptual loss, see `tokenizer_of`."""
   config, tokenizer, _ = tokenizer_of(file)
-  with config.unlocked():
-    config = config.copy_and_resolve_references()
-    config.loss.lpips = 0.0
   return step(TokenizerStage(config, tokenizer, 1000), batch, images_of(tokenizer, batch))
 
 

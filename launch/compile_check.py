@@ -94,11 +94,11 @@ def devices_of(topology):
 
 def accumulations(config, options):
   """The config's `accumulate`, and with --fit larger ones that share the batch evenly, twice as large or so each."""
-  found, mesh = [config.accumulate], mesh_lib.make_mesh(devices_of(options.topology), **config.mesh)
-  images, left = divmod(config.batch_size, mesh_lib.batch_parts(mesh))
-  if options.fit and options.program == 'train' and not left:
-    for more in range(2 * config.accumulate, images + 1):
-      found += [more] if images % more == 0 and more >= 2 * found[-1] else []
+  found = [config.accumulate]
+  if options.fit and options.program == 'train':
+    parts = mesh_lib.batch_parts(mesh_lib.make_mesh(devices_of(options.topology), **config.mesh))
+    for more in range(2 * config.accumulate, config.batch_size // parts + 1):
+      found += [more] if config.batch_size % (parts * more) == 0 and more >= 2 * found[-1] else []
   return found
 
 

@@ -91,11 +91,15 @@ def _moved(i, table, computations):
     return 0
   if i.op != 'fusion':
     return i.memory + sum(operand.memory for operand in operands)
-  name = re.search(r'calls=%?([\w.\-]+)', i.rest)[1]
-  inside = {x.name: x for x in computations[name]}
-  updated = sum(_size(x) - _size(inside[_operands(x)[1]]) for x in inside.values() if x.op == 'dynamic-update-slice')
-  read = sum(_read(x, computations[name], computations) for x in inside.values() if x.op == 'parameter' and x.memory)
+  body = _fused(i, computations)
+  inside = {x.name: x for x in body}
+  updated = sum(_size(x) - _size(inside[_operands(x)[1]]) for x in body if x.op == 'dynamic-update-slice')
+  read = sum(_read(x, body, computations) for x in body if x.op == 'parameter' and x.memory)
   return read + max(i.memory - updated, 0)
+
+
+def _fused(i, computations):
+  return computations[re.search(r'calls=%?([\w.\-]+)', i.rest)[1]]
 
 
 def _read(x, computation, computations):
@@ -110,7 +114,7 @@ def _read(x, computation, computations):
       elif user.op == 'bitcast':
         total += _read(user, computation, computations)
       elif user.op == 'fusion':
-        inner = computations[re.search(r'calls=%?([\w.\-]+)', user.rest)[1]]
+        inner = _fused(user, computations)
         parameter = next(p for p in inner if p.op == 'parameter' and p.rest.startswith(f'{place})'))
         total += _read(parameter, inner, computations)
       elif user.op != 'dynamic-update-slice' or place:
