@@ -36,17 +36,16 @@ class Sampled(NamedTuple):
 def keep_likely(logits, top_k=0, top_p=0.0):
   """Logits with the unlikely entries at -inf: first all but the top_k, then the ascending mass <= 1 - top_p."""
   use_top_k, use_top_p = 0 < top_k < logits.shape[-1], not _is_zero(top_p)
-  if use_top_k:
-    ascending = jax.lax.top_k(logits, top_k)[0][..., ::-1]
-    logits = jnp.where(logits < ascending[..., :1], -jnp.inf, logits)
-  elif use_top_p:
-    ascending = jnp.sort(logits, axis=-1)
-  if not use_top_p:
+  if not (use_top_k or use_top_p):
     return logits
-  dropped = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - top_p
-  dropped = dropped.at[..., -1].set(False)
-  least = jnp.min(jnp.where(dropped, jnp.inf, ascending), axis=-1, keepdims=True)
-  return jnp.where(logits < least, -jnp.inf, logits)
+  descending, index = jax.lax.top_k(logits, top_k if use_top_k else logits.shape[-1])
+  ascending = descending[..., ::-1]
+  least = ascending[..., :1]
+  if use_top_p:
+    dropped = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - top_p
+    least = jnp.min(jnp.where(dropped, jnp.inf, ascending), axis=-1, keepdims=True)
+  # The likeliest stays by its index: XLA may compute logits twice, rounded apart, and it would fall below itself.
+  return jnp.where((logits >= least) | (jnp.arange(logits.shape[-1]) == index[..., :1]), logits, -jnp.inf)
 
 
 def _is_zero(number):
@@ -85,27 +84,38 @@ def keep_masks(keep_BxHxW, pyramid):
   return masks
 
 
+def with_no_class(labels_B, generator):
+  """(2B,): each label, and "no class" behind it: side by side, so that a batch split over devices stays in place."""
+  return jnp.stack([labels_B, jnp.full_like(labels_B, generator.classes)], axis=1).reshape(-1)
+
+
+def guided(logits_2BxlxV, t):
+  """(B, l, V) logits with guidance t, from those of `with_no_class`: (1+t)·conditional - t·unconditional."""
+  logits_Bx2xlxV = logits_2BxlxV.reshape(-1, 2, *logits_2BxlxV.shape[1:])
+  return (1 + t) * logits_Bx2xlxV[:, 0] - t * logits_Bx2xlxV[:, 1]
+
+
 def sample(generator, tokenizer, params, labels_B, keys_B, choices, given=None):
   """Draws one image per label: `Sampled`. Pure; jit it with generator, tokenizer and choices' static parts closed over.
 
   params: {'generator': ..., 'tokenizer': ...}; labels_B: (B,) int32 classes; keys_B: (B,) keys, one an image.
   given: None, or (tokens_BxL, keep_BxHxW) with the mask at the latent's size, True where the given tokens stay.
-  Guidance grows with the scale: t = cfg·k/(K-1), logits = (1+t)·conditional - t·unconditional.
+  Guidance grows with the scale: t = cfg·k/(K-1), see `guided`.
   """
-  pyramid, B = generator.pyramid, labels_B.shape[0]
+  pyramid = generator.pyramid
   quantizer = tokenizer.bind({'params': params['tokenizer']}).quantizer
   model = generator.bind({'params': params['generator']})
-  halves = 1 if _is_zero(choices.cfg) else 2
-  labels_2B = jnp.concatenate([labels_B, jnp.full_like(labels_B, generator.classes)])[:halves * B]
+  passes = 1 if _is_zero(choices.cfg) else 2
+  labels_2B = labels_B if passes == 1 else with_no_class(labels_B, generator)
   masks = None if given is None else keep_masks(given[1], pyramid)
   total, inputs, past = 0.0, None, ()
-  tokens, guided, drawn = [], [], []
+  tokens, logits, drawn = [], [], []
   for k in range(len(pyramid)):
     logits_2BxlxV, new = model.next_scale(labels_2B, k, inputs, past)
     past = () if pyramid.markov else (*past, new)
     t = choices.cfg * k / max(len(pyramid) - 1, 1)
-    guided.append(logits_2BxlxV if halves == 1 else (1 + t) * logits_2BxlxV[:B] - t * logits_2BxlxV[B:])
-    tokens_Bxl, codes_BxlxC = _draw(guided[-1], keys_B, k, len(pyramid), choices, quantizer.codebook)
+    logits.append(logits_2BxlxV if passes == 1 else guided(logits_2BxlxV, t))
+    tokens_Bxl, codes_BxlxC = _draw(logits[-1], keys_B, k, len(pyramid), choices, quantizer.codebook)
     drawn.append(tokens_Bxl)
     if given is not None:
       known_Bxl = given[0][:, pyramid.slices[k]]
@@ -114,6 +124,6 @@ def sample(generator, tokenizer, params, labels_B, keys_B, choices, given=None):
     tokens.append(tokens_Bxl)
     total = total + quantizer.expand(codes_BxlxC, k)
     if k + 1 < len(pyramid):
-      inputs = jnp.tile(quantizer.shrink(total, k + 1), (halves, 1, 1))
+      inputs = jnp.repeat(quantizer.shrink(total, k + 1), passes, axis=0)
   image = tokenizer.apply({'params': params['tokenizer']}, total, method='to_image')
-  return Sampled(jnp.concatenate(tokens, axis=1), jnp.clip(image, -1, 1), guided, drawn)
+  return Sampled(jnp.concatenate(tokens, axis=1), jnp.clip(image, -1, 1), logits, drawn)

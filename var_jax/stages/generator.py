@@ -89,11 +89,11 @@ class GeneratorStage:
 
   def _guided(self, params, labels_B, teacher_BxMxC):
     """(B, L, V) logits of a model with the guidance that sampling would give them, see `sampling.sample`."""
-    B, pyramid = len(labels_B), self.generator.pyramid
-    labels_2B = jnp.concatenate([labels_B, jnp.full_like(labels_B, self.generator.classes)])
-    logits = self.generator.apply({'params': params}, labels_2B, jnp.tile(teacher_BxMxC, (2, 1, 1)))
-    t_Lx1 = self.config.distill * pyramid.level_L[:, None] / max(len(pyramid) - 1, 1)
-    return jax.lax.stop_gradient((1 + t_Lx1) * logits[:B] - t_Lx1 * logits[B:])
+    pyramid = self.generator.pyramid
+    labels_2B = sampling.with_no_class(labels_B, self.generator)
+    logits = self.generator.apply({'params': params}, labels_2B, jnp.repeat(teacher_BxMxC, 2, axis=0))
+    t_L = self.config.distill * pyramid.level_L / max(len(pyramid) - 1, 1)
+    return jax.lax.stop_gradient(sampling.guided(logits, t_L[:, None]))
 
   def eval_step(self, state, batch):
     """Sums over the images of a batch, without label drop, drop-path and smoothing."""
