@@ -125,7 +125,7 @@ class TokenizerStage:
 
     The remedy against the collapse that users report at 1x1 and 3x3 with plain VQ losses; off where parity is asked.
     """
-    out = self.tokenizer.apply({'params': state.params}, images).quantized
+    out = self.tokenizer.apply({'params': state.params}, images, method='quantize')
     V, pyramid = self.tokenizer.codes, self.tokenizer.pyramid
     used_V = jnp.zeros(V, bool).at[out.tokens_BxL].set(True)
     idle_V = jnp.where(used_V, 0, state.extra['idle_V'] + 1)

@@ -76,8 +76,12 @@ class Tokenizer(nn.Module):
 
   def __call__(self, image_BxHxWx3, kept_B=None, train=False):
     """Image -> Reconstruction, with straight-through gradient. kept_B: scales to decode from, None for all."""
-    quantized = self.quantizer(self.latent(image_BxHxWx3, train), kept_B)
+    quantized = self.quantize(image_BxHxWx3, kept_B, train)
     return Reconstruction(self.to_image(quantized.latent_BxHxWxC, train), quantized)
+
+  def quantize(self, image_BxHxWx3, kept_B=None, train=False):
+    """As `__call__`, without drawing the image: `Quantized`."""
+    return self.quantizer(self.latent(image_BxHxWx3, train), kept_B)
 
   def encode(self, image_BxHxWx3):
     """(B, H, W, 3) in [-1, 1] -> (B, L) int32."""
