@@ -18,8 +18,7 @@ def constrain(x, *axes):
 
   Dimensions that the axes cannot share evenly stay whole; without a mesh nothing happens.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if devices() == 1:
     return x
   return jax.lax.with_sharding_constraint(x, spec(x.shape, *axes))
 
@@ -34,6 +33,12 @@ def platform():
   """Of the devices of the mesh that is set, or else of those at hand: 'cpu', 'gpu' or 'tpu'."""
   mesh = jax.sharding.get_abstract_mesh()
   return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def devices():
+  """How many devices the mesh that is set has; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.size
 
 
 def everywhere():

@@ -5,10 +5,13 @@ from typing import Any, NamedTuple, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
+from var_jax import axes
 from var_jax.errors import UserError
 from var_jax.pyramid import Pyramid
 from var_jax.tokenizer.autoencoder import Decoder, Encoder
 from var_jax.tokenizer.quantizer import MultiScaleQuantizer, Quantized
+
+CPU_CACHE = 2**24  # bytes
 
 
 class Reconstruction(NamedTuple):
@@ -22,6 +25,8 @@ class Tokenizer(nn.Module):
   """Multi-scale VQ autoencoder. Images are (B, H, W, 3) in [-1, 1], tokens (B, L) int32, coarse to fine.
 
   Raises UserError when the pyramid's last scale is not the latent's size. Float32 outputs. remat: see `remat.POLICIES`.
+  at_a_time: images that encoder and decoder take at a time on each device where they are not trained; 0 for all, on a
+  CPU for those whose largest feature maps its cache can hold.
   """
 
   pyramid: Pyramid
@@ -37,6 +42,7 @@ class Tokenizer(nn.Module):
   beta: float = 0.25
   normalized_lookup: bool = False
   remat: str = 'none'
+  at_a_time: int = 0
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -68,11 +74,29 @@ class Tokenizer(nn.Module):
           f'an image of {height}x{width} pixels has a latent of {height / self.stride:g}x{width / self.stride:g}, but '
           f'the last scale is {self.pyramid.last[0]}x{self.pyramid.last[1]}: set the size to '
           f'{self.image_size[0]}x{self.image_size[1]} or end the scales with the latent\'s size')
-    return self.quant_conv(self.encoder(image_BxHxWx3, train)).astype(jnp.float32)
+    encode = lambda self, image: self.quant_conv(self.encoder(image, train)).astype(jnp.float32)
+    return self._in_turn(encode, image_BxHxWx3, train)
 
   def to_image(self, latent_BxHxWxC, train=False):
     """A decoded latent (B, h, w, C) -> image (B, H, W, 3) float32, not clipped."""
-    return self.decoder(self.post_quant_conv(latent_BxHxWxC), train).astype(jnp.float32)
+    draw = lambda self, latent: self.decoder(self.post_quant_conv(latent), train).astype(jnp.float32)
+    return self._in_turn(draw, latent_BxHxWxC, train)
+
+  def _in_turn(self, function, x_BxHxWxC, train):
+    """function(self, x), some images after the other where nothing is trained."""
+    B = x_BxHxWxC.shape[0]
+    if train or self.is_initializing() or not isinstance(B, int):  # an exported program's B is a symbol
+      return function(self, x_BxHxWxC)
+    each, (height, width) = B // axes.parts(axes.BATCH) or B, self.image_size
+    suits = max(CPU_CACHE // (4 * height * width * self.ch), 1) if axes.platform() == 'cpu' else each
+    turns = next(n for n in range(-(-each // (self.at_a_time or suits)), B + 1) if B % n == 0)
+    if turns == 1:
+      return function(self, x_BxHxWxC)
+    # Turn i takes every turns-th image, so that each device's share lies on that device already.
+    x = x_BxHxWxC.reshape(-1, turns, *x_BxHxWxC.shape[1:]).swapaxes(0, 1)
+    one = lambda self, carry, x: (carry, function(self, x))
+    _, out = nn.scan(one, variable_broadcast='params', split_rngs={'params': False})(self, None, x)
+    return out.swapaxes(0, 1).reshape(B, *out.shape[2:])
 
   def __call__(self, image_BxHxWx3, kept_B=None, train=False):
     """Image -> Reconstruction, with straight-through gradient. kept_B: scales to decode from, None for all."""

@@ -1,0 +1,58 @@
+"""What encoder and decoder do on a CPU in place of the plain convolution, and image after image."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from var_jax.pyramid import Pyramid
+from var_jax.tokenizer import convolution
+from var_jax.tokenizer.tokenizer import Tokenizer
+from var_jax.training import mesh as mesh_lib
+
+HOW = {'dimension_numbers': ('NHWC', 'HWIO', 'NHWC')}
+PLAIN = ((1, 1), ((1, 1), (1, 1)))  # strides, padding
+
+
+def inputs(height=12, width=6, channels=64):
+  x = jax.random.normal(jax.random.key(0), (2, height, width, channels))
+  return x, jax.random.normal(jax.random.key(1), (3, 3, channels, 64)) / np.sqrt(9 * channels)
+
+
+@pytest.mark.parametrize('cache', [0, 4 * 4 * 6 * 64 * 4, 2**23])  # strips of two rows, of four, and all of it
+def test_fewer_multiplications_give_the_plain_convolution(cache, monkeypatch):
+  monkeypatch.setattr(convolution, 'CACHE', cache)
+  x, kernel = inputs()
+  found, plain = jax.jit(convolution.winograd)(x, kernel), jax.lax.conv_general_dilated(x, kernel, *PLAIN, **HOW)
+  np.testing.assert_allclose(found, plain, atol=1e-5 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize('shape, suits', [
+    ((12, 6, 64), True), ((12, 7, 64), False), ((12, 6, 32), False), ((1, 1, 64), False)])
+def test_only_cpus_take_it_and_only_where_it_fits(shape, suits):
+  run = jax.jit(lambda x, kernel: convolution.conv_general_dilated(x, kernel, *PLAIN, **HOW))
+  lowered = lambda platform: run.trace(*inputs(*shape)).lower(lowering_platforms=(platform,)).as_text()
+  assert ('stablehlo.convolution' in lowered('cpu')) != suits
+  assert 'stablehlo.convolution' in lowered('tpu') and 'stablehlo.convolution' in lowered('cuda')
+
+
+def test_images_one_after_the_other_are_those_of_all_at_once():
+  tokenizer = Tokenizer(Pyramid.of((1, 2, 4)), codes=16, channels=8, ch=8, ch_mult=(1, 2), res_blocks=1, groups=4)
+  images = jax.random.uniform(jax.random.key(0), (16, 8, 8, 3), minval=-1)
+  variables = jax.jit(tokenizer.init)(jax.random.key(1), images[:1])
+  encode = lambda tokenizer, images: jax.jit(functools.partial(tokenizer.apply, method='encode'))(variables, images)
+  decode = lambda tokenizer, tokens: jax.jit(functools.partial(tokenizer.apply, method='decode'))(variables, tokens)
+  tokens = encode(tokenizer, images)
+  pictures = decode(tokenizer, tokens)
+  slow = tokenizer.clone(at_a_time=1)
+  np.testing.assert_array_equal(encode(slow, images), tokens)
+  np.testing.assert_allclose(decode(slow, tokens), pictures, atol=1e-5)
+  mesh = mesh_lib.make_mesh(jax.devices())
+  with jax.set_mesh(mesh):  # each device takes its two images one by one, and none moves
+    split = jax.device_put(tokens, mesh_lib.split(mesh))
+    run = jax.jit(functools.partial(slow.apply, method='decode'), out_shardings=mesh_lib.split(mesh))
+    compiled = run.lower(variables, split).compile()
+    assert not any(word in compiled.as_text() for word in ('all-gather', 'all-to-all', 'collective-permute'))
+    np.testing.assert_allclose(compiled(variables, split), pictures, atol=1e-5)
