@@ -47,7 +47,8 @@ def keep_likely(logits, top_k=0, top_p=0.0):
     kept = rank >= _largest(lambda t: total(rank >= t) >= top_k, rank[..., :1])
   if use_top_p:
     mass = jnp.where(kept, jnp.exp(logits - logits.max(-1, keepdims=True)), 0.0)
-    kept &= rank >= _largest(lambda t: total(jnp.where(rank < t, mass, 0.0)) <= (1 - top_p) * total(mass), rank[..., :1])
+    dropped = (1 - top_p) * total(mass)
+    kept &= rank >= _largest(lambda t: total(jnp.where(rank < t, mass, 0.0)) <= dropped, rank[..., :1])
   # The likeliest stays by its index: XLA may compute logits twice, rounded apart, and it would fall below itself.
   likeliest = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1, keepdims=True)
   return jnp.where(kept | likeliest, logits, -jnp.inf)
@@ -129,11 +130,10 @@ def sample(generator, tokenizer, params, labels_B, keys_B, choices, given=None):
   passes = 1 if _is_zero(choices.cfg) else 2
   labels_2B = labels_B if passes == 1 else with_no_class(labels_B, generator)
   masks = None if given is None else keep_masks(given[1], pyramid)
-  total, inputs, past = 0.0, None, ()
+  total, inputs, cache = 0.0, None, model.empty_cache(len(labels_2B))
   tokens, logits, drawn = [], [], []
   for k in range(len(pyramid)):
-    logits_2BxlxV, new = model.next_scale(labels_2B, k, inputs, past)
-    past = () if pyramid.markov else (*past, new)
+    logits_2BxlxV, cache = model.next_scale(labels_2B, k, inputs, cache)
     t = choices.cfg * k / max(len(pyramid) - 1, 1)
     logits.append(logits_2BxlxV if passes == 1 else guided(logits_2BxlxV, t))
     tokens_Bxl, codes_BxlxC = _draw(logits[-1], keys_B, k, len(pyramid), choices, quantizer.codebook)

@@ -9,6 +9,7 @@ from typing import Any
 
 import chex
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -62,6 +63,26 @@ def adaln_init(std, width, scale, gamma_scale):
   return init
 
 
+@flax.struct.dataclass
+class Cache:
+  """Keys and values (N, B, L, H, Dh) of the first `length` tokens in N layers, written in place; None to keep none."""
+
+  keys: Any
+  values: Any
+  layer: Any  # the one that is being computed
+  length: int = flax.struct.field(pytree_node=False, default=0)
+
+  def extended(self, k_BxlxHxDh, v_BxlxHxDh):
+    """(cache with one scale's keys and values in the layer, keys and values of all that the scale sees)."""
+    if self.keys is None:
+      return self, k_BxlxHxDh, v_BxlxHxDh
+    B, l, H, Dh = k_BxlxHxDh.shape
+    put = lambda kept, new: jax.lax.dynamic_update_slice(kept, new[None], (self.layer, 0, self.length, 0, 0))
+    seen = lambda kept: jax.lax.dynamic_slice(kept, (self.layer, 0, 0, 0, 0), (1, B, self.length + l, H, Dh))[0]
+    keys, values = put(self.keys, k_BxlxHxDh), put(self.values, v_BxlxHxDh)
+    return self.replace(keys=keys, values=values), seen(keys), seen(values)
+
+
 class Attention(nn.Module):
   """Multi-head self-attention. Queries and values have a bias, keys have none.
 
@@ -79,7 +100,7 @@ class Attention(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x_BxLxD, past=None):
+  def __call__(self, x_BxLxD, cache=None):
     B, L, D = x_BxLxD.shape
     normal = nn.initializers.normal
     # Queries, keys and values have a dimension of their own, so that `tensor` can split each of them by heads.
@@ -96,21 +117,20 @@ class Attention(nn.Module):
       k = unit(k).astype(self.dtype)
     else:
       q = q * (0.25 / math.sqrt(D // self.heads))
-    new = (k, v)
-    if past:
-      k, v = (jnp.concatenate([*(p[i] for p in past), new[i]], axis=1) for i in range(2))
-    out = attend(q.astype(self.dtype), k, v, self.pyramid if past is None else None, self.implementation)
+    if cache is not None:
+      cache, k, v = cache.extended(k, v)
+    out = attend(q.astype(self.dtype), k, v, self.pyramid if cache is None else None, self.implementation)
     out = constrain(out.reshape(B, L, D), BATCH, None, TENSOR)
     proj = Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), dot_general=ROWS, name='proj')
-    return proj(out), new
+    return proj(out), cache
 
 
 class Block(nn.Module):
   """One transformer block with adaptive layer norm.
 
-  x_BxLxD: tokens; cond: class embedding (B, D), or (B, 6, D) when AdaLN is shared; keep_2xB: drop-path factors of the
-  two branches (0 or 1/keep probability), None to keep all; past: None for the tokens of a whole pyramid, or a tuple of
-  (k, v) pairs of coarser scales (B, M, H, Dh), in which case this scale's pair is returned beside x.
+  carry: tokens (B, L, D), and None when they are a whole pyramid's, or else a `Cache` of the coarser scales; keep_2xB:
+  drop-path factors of the two branches (0 or 1/keep probability), None to keep all; cond: class embedding (B, D), or
+  (B, 6, D) when AdaLN is shared. Returns what the next block takes, and None.
   """
 
   width: int
@@ -127,8 +147,8 @@ class Block(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x_BxLxD, keep_2xB, past, cond):
-    D = self.width
+  def __call__(self, carry, keep_2xB, cond):
+    (x_BxLxD, cache), D = carry, self.width
     if self.shared_adaln:
       init = adaln_init(1 / math.sqrt(D), 2, self.adaln_scale, self.adaln_gamma)
       offsets_6xD = self.param('adaln', lambda key, shape: init(key, (D, 6)).T, (6, D))
@@ -144,7 +164,7 @@ class Block(nn.Module):
         D, self.heads, self.normalize_qk, self.init_std, self.proj_std, self.pyramid, self.attention,
         self.dtype, name='attention')
     h = (layer_norm(x_BxLxD) * (scale1 + 1) + shift1).astype(self.dtype)
-    h, new = attention(h, past)
+    h, cache = attention(h, cache)
     x_BxLxD += self._drop_path(h * gamma1, keep_2xB, 0)
 
     h = (layer_norm(x_BxLxD) * (scale2 + 1) + shift2).astype(self.dtype)
@@ -154,7 +174,7 @@ class Block(nn.Module):
     fc2 = Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), dot_general=ROWS, name='fc2')
     h = fc2(nn.gelu(constrain(fc1(h), BATCH, None, TENSOR), approximate=True))
     x_BxLxD = constrain(x_BxLxD + self._drop_path(h * gamma2, keep_2xB, 1), BATCH)
-    return x_BxLxD, (None if past is None else new)
+    return (x_BxLxD, None if cache is None else cache.replace(layer=cache.layer + 1)), None
 
   def _drop_path(self, h_BxLxD, keep_2xB, branch):
     return h_BxLxD if keep_2xB is None else h_BxLxD * keep_2xB[branch][:, None, None].astype(self.dtype)
@@ -197,7 +217,7 @@ class Generator(nn.Module):
       self.shared = Dense(6 * D, dtype=self.dtype, kernel_init=normal(std), dot_general=ROWS)
     scanned = nn.scan(
         rematerialized(Block, self.remat, prevent_cse=False), variable_axes={'params': 0},
-        split_rngs={'params': True}, length=self.depth, in_axes=(0, 0, nn.broadcast), out_axes=0)
+        split_rngs={'params': True}, length=self.depth, in_axes=(0, nn.broadcast))
     self.blocks = scanned(
         D, self.heads or self.depth, self.mlp_ratio, self.normalize_qk, self.shared_adaln, std,
         std / math.sqrt(2 * self.depth), self.adaln_scale, self.adaln_gamma, self.pyramid, self.attention,
@@ -221,19 +241,29 @@ class Generator(nn.Module):
     x_BxLxD = jnp.concatenate([first_BxlxD, self.word_embed(teacher_BxMxC)], axis=1)
     x_BxLxD += self._where(slice(0, self.pyramid.length))
     x_BxLxD = constrain(x_BxLxD, BATCH)
-    x_BxLxD, _ = self.blocks(x_BxLxD, keep_NxxB, None, self._condition(labels_B))
+    (x_BxLxD, _), _ = self.blocks((x_BxLxD, None), keep_NxxB, self._condition(labels_B))
     return self._logits(x_BxLxD, labels_B)
 
-  def next_scale(self, labels_B, scale, input_BxlxC, past):
-    """Logits (B, l, V) of one scale, and its keys and values for the finer ones.
+  def empty_cache(self, batch):
+    """A `Cache` for so many pyramids; of a Markov pyramid, whose scales need no others, one that keeps nothing."""
+    if self.pyramid.markov:
+      return Cache(None, None, jnp.int32(0))
+    D, H = self.width or 64 * self.depth, self.heads or self.depth
+    zeros = jnp.zeros((self.depth, batch, self.pyramid.length, H, D // H), self.dtype)
+    zeros = constrain(zeros, None, BATCH, None, TENSOR)
+    return Cache(zeros, zeros, jnp.int32(0))
 
-    input_BxlxC: the coarser scales' sum averaged down to this scale (None at the first); past: a tuple with what
-    earlier calls returned as their second value, () at the first scale.
+  def next_scale(self, labels_B, scale, input_BxlxC, cache):
+    """Logits (B, l, V) of one scale, and the cache with its keys and values.
+
+    input_BxlxC: the coarser scales' sum averaged down to this scale (None at the first); cache: what the call for the
+    scale before returned, `empty_cache` at the first.
     """
     x_BxlxD = self._first(labels_B) if scale == 0 else self.word_embed(input_BxlxC)
     x_BxlxD += self._where(self.pyramid.slices[scale])
-    x_BxlxD, new = self.blocks(x_BxlxD, None, past, self._condition(labels_B))
-    return self._logits(x_BxlxD, labels_B), new
+    (x_BxlxD, cache), _ = self.blocks((x_BxlxD, cache), None, self._condition(labels_B))
+    cache = cache.replace(layer=jnp.int32(0), length=self.pyramid.slices[scale].stop)
+    return self._logits(x_BxlxD, labels_B), cache
 
   def _class(self, labels_B):
     return constrain(self.class_embedding[labels_B], BATCH)
