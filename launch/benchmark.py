@@ -4,7 +4,9 @@ python launch/benchmark.py --out=runs/benchmark.json            # all rows, with
 python launch/benchmark.py --out=runs/new.json --only="sample d16" --against=runs/benchmark.json
 A row: median seconds of a call, images/s, FLOP/s that the model needs (formulas in var_jax/flops.py, no masked pair
 counted), their share of a float32 product of 2048x2048 matrices measured around the row, memory and compile time.
-Parameters are random: nothing has to be trained. --profile=DIR leaves a trace of one call of each row.
+Rows of input: images/s of the pipeline, and their share of what Pillow alone makes of the same files.
+Parameters are random: nothing has to be trained. --profile=DIR leaves a trace of one call of each row, --plot=X.png
+shows the time of a sample against resolution and batch.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+import benchmark_input
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +33,7 @@ from var_jax.stages.tokenizer import TokenizerStage
 
 SMALL, DIGITS = 'experiments/imagenet256.py', 'experiments/digits.py'
 PRODUCT = 2048  # side of the square matrices
+SCALES = {128: (1, 2, 3, 4, 5, 6, 8), 256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 
 
 class Program(NamedTuple):
@@ -52,6 +56,7 @@ def main(arguments):
   parser.add_argument('--against', metavar='FILE.json', help='an earlier --out: shows ratios to it')
   parser.add_argument('--repeats', type=int, default=5, metavar='N', help='calls; their median counts (default 5)')
   parser.add_argument('--profile', metavar='DIR', help='traces for TensorBoard or Perfetto')
+  parser.add_argument('--plot', metavar='X.png', help='a picture of what --out has, once it is measured')
   options = parser.parse_args(arguments)
   flags.in_range('--repeats', options.repeats, 1)
   rows = [name for name in ROWS if (options.only or '') in name]
@@ -61,9 +66,14 @@ def main(arguments):
   old, found = read(options.against), read(path if path.exists() else None)
   output.make_folder(path.parent)
   for name in progress.bar(rows, title='benchmark', unit='row'):
-    found[name] = measured(ROWS[name](), options.repeats, options.profile and f'{options.profile}/{name}')
+    made = ROWS[name]()
+    if isinstance(made, Program):
+      made = functools.partial(measured, made, trace=options.profile and f'{options.profile}/{name}')
+    found[name] = made(options.repeats)
     output.save_text(path, json.dumps(found, indent=1) + '\n')
   print(table({name: found[name] for name in rows}, old))
+  if options.plot:
+    plot(found, options.plot)
 
 
 def read(path):
@@ -133,21 +143,24 @@ def filled(shapes, scale=0.02):
 
 
 @functools.cache
-def tokenizer_of(file):
+def tokenizer_of(file, size=None):
+  """(config, Tokenizer, parameters); size: of images, one of SCALES, where it is not the experiment's."""
   # Without the perceptual loss, whose weights are not ours to give.
-  plain = ['--config.dtype=float32', '--config.remat=none', '--config.loss.lpips=0']
-  config = flags.read_config(f'{file}:tokenizer', plain)
+  more = ['--config.dtype=float32', '--config.remat=none', '--config.loss.lpips=0']
+  if size:
+    more += [f'--config.image_size=({size},{size})', f'--config.model.scales={SCALES[size]}']
+  config = flags.read_config(f'{file}:tokenizer', more)
   tokenizer = workdir_lib.make_tokenizer(config)
   return config, tokenizer, filled(workdir_lib.tokenizer_shapes(tokenizer))
 
 
 @functools.cache
-def generator_of(file, depth):
+def generator_of(file, depth, size=None):
   """(config, Generator, Tokenizer, {'generator', 'tokenizer'}: parameters)."""
   more = [] if file == DIGITS else [f'--config.model.depth={depth}', '--config.model.classes=1000']
   config = flags.read_config(f'{file}:generator', ['--config.dtype=float32', '--config.remat=none', *more])
   config.model.classes = config.model.classes or 10
-  _, tokenizer, params = tokenizer_of(file)
+  _, tokenizer, params = tokenizer_of(file, size)
   generator = workdir_lib.make_generator(config, tokenizer)
   params = {'generator': filled(workdir_lib.generator_shapes(generator)), 'tokenizer': params}
   return config, generator, tokenizer, params
@@ -173,8 +186,8 @@ def decode(batch, file=SMALL):
   return Program(jax.jit(apply), (params, tokens), batch, flops.counted(apply, params, tokens[:1]))
 
 
-def sample(depth, batch, cfg=1.5, file=SMALL):
-  config, generator, tokenizer, params = generator_of(file, depth)
+def sample(depth, batch, cfg=1.5, file=SMALL, size=None):
+  config, generator, tokenizer, params = generator_of(file, depth, size)
   choices = sampling.Choices(**config.sample)._replace(cfg=cfg)
 
   def draw(params, labels_B):
@@ -212,11 +225,14 @@ ROWS = {
     'decode, batch 4': lambda: decode(4),
     **{f'sample d16, batch {batch}{text}': functools.partial(sample, 16, batch, cfg)
        for batch in (1, 4, 16) for cfg, text in ((1.5, ''), (0.0, ', no guidance'))},
+    **{f'sample d16, batch 1, {size} px': functools.partial(sample, 16, 1, size=size) for size in (128, 512)},
     'generator step d8, batch 4': lambda: generator_step(8, 4),
     'tokenizer step, batch 1': lambda: tokenizer_step(1),
     'digits: generator step, batch 64': lambda: generator_step(0, 64, DIGITS),
     'digits: tokenizer step, batch 64': lambda: tokenizer_step(64, DIGITS),
     'digits: sample, batch 64': lambda: sample(0, 64, file=DIGITS),
+    'input, 2 threads': lambda: functools.partial(benchmark_input.rates, 0),
+    'input, 2 processes': lambda: functools.partial(benchmark_input.rates, 2),
 }
 
 
@@ -225,6 +241,10 @@ def table(found, old):
   lines = ['| | images/s | GFLOP/s | of the product | memory | compile |' + (' than before |' if old else ''),
            '|---|---|---|---|---|---|' + ('---|' if old else '')]
   for name, row in found.items():
+    if 'share_of_plain' in row:
+      text = f'| {name} | {row["images_per_second"]:.0f} | | {row["share_of_plain"]:.0%} of Pillow\'s | | |'
+      lines.append(text.replace('%', ' %') + (' |' if old else ''))
+      continue
     memory = (row['arguments_mib'] + row['temporaries_mib'] + row['output_mib']) / 1024
     line = (f'| {name} | {row["images_per_second"]:.3g} | {row["gflops_per_second"]:.0f} | '
             f'{row["share_of_product"]:.0%} | {memory:.2f} GiB | {row["compile_seconds"]:.0f} s |')
@@ -232,6 +252,32 @@ def table(found, old):
       line += f' {old[name]["seconds"] / row["seconds"]:.2f}x |' if name in old else ' |'
     lines.append(line.replace('%', ' %'))
   return '\n'.join(lines)
+
+
+def plot(found, path):
+  """Seconds of an image against the tokens that it has, and seconds and images/s of a call against its batch."""
+  from matplotlib.figure import Figure
+
+  by_size = {128: 'sample d16, batch 1, 128 px', 256: 'sample d16, batch 1', 512: 'sample d16, batch 1, 512 px'}
+  by_batch = {batch: f'sample d16, batch {batch}' for batch in (1, 4, 16)}
+  missing = [name for name in (*by_size.values(), *by_batch.values()) if name not in found]
+  if missing:
+    raise UserError(f'--plot needs rows that --out does not have: {"; ".join(missing)}')
+  seconds = lambda rows: [found[name]['seconds'] for name in rows.values()]
+  tokens = {size: sum(side**2 for side in scales) for size, scales in SCALES.items()}
+  figure = Figure(figsize=(9, 3.5), layout='constrained')
+  left, right = figure.subplots(1, 2)
+  left.loglog(list(by_size), seconds(by_size), 'o-')
+  for size, took in zip(by_size, seconds(by_size)):
+    left.annotate(f'{tokens[size]} tokens, {tokens[size] / took:.0f}/s', (size, took), (4, -12),
+                  textcoords='offset points', fontsize=8)
+  left.set(xlabel='side of the image, px', ylabel='seconds for one image', xticks=list(by_size), xlim=(110, 900))
+  left.set_xticks(list(by_size), [str(size) for size in by_size])
+  left.minorticks_off()
+  right.plot(list(by_batch), [took / batch for batch, took in zip(by_batch, seconds(by_batch))], 'o-')
+  right.set(xlabel='batch', ylabel='seconds an image', ylim=0, xticks=list(by_batch))
+  figure.suptitle('d16 with guidance and decoder, ' + found['sample d16, batch 1']['machine'], fontsize=10)
+  figure.savefig(path, dpi=110)
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from tiny_runs import ROOT
 
 from var_jax.errors import UserError
 
+sys.path.insert(0, str(ROOT / 'launch'))  # as when it is run
 spec = importlib.util.spec_from_file_location('benchmark', ROOT / 'launch/benchmark.py')
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
@@ -56,3 +58,18 @@ def test_digits_row_is_the_real_program():
   program = benchmark.ROWS['digits: sample, batch 64']()
   tokens, images = jax.eval_shape(program.function, *program.arguments)
   assert images.shape == (64, 16, 16, 3) and tokens.shape == (64, 30) and program.flops > 1e6
+
+
+def test_input_row_compares_with_pillow_alone():
+  found = benchmark.benchmark_input.rates(workers=0, repeats=1, count=64, batches=2)
+  assert found['share_of_plain'] == found['images_per_second'] / found['plain_images_per_second'] > 0
+  assert ' % of Pillow' in benchmark.table({'input': found}, {})
+
+
+def test_plot_says_which_rows_it_misses(tmp_path):
+  rows = ['sample d16, batch 1, 128 px', 'sample d16, batch 1, 512 px', *(f'sample d16, batch {b}' for b in (1, 4, 16))]
+  found = {name: {'seconds': 1.0 + i, 'machine': 'one'} for i, name in enumerate(rows)}
+  benchmark.plot(found, tmp_path / 'x.png')
+  assert (tmp_path / 'x.png').stat().st_size > 5000
+  with pytest.raises(UserError, match='batch 16'):
+    benchmark.plot({name: found[name] for name in rows[:-1]}, tmp_path / 'x.png')

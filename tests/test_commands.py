@@ -190,6 +190,20 @@ def test_loaded_model_agrees_with_the_commands(generator, tokenizer, five, pictu
   np.testing.assert_array_equal(codes, var_jax.load(tokenizer).encode(pixels))
 
 
+def test_saving_memory_changes_little(generator, five, tmp_path):
+  out = tmp_path / 'few.npz'
+  assert main(['sample', f'--workdir={generator}', '--labels=0,3,7,0,3', '--seed=1', '--low_memory',
+               f'--out={out}']) == 0
+  few = arrays(out)
+  np.testing.assert_array_equal(few['tokens'], five['tokens'])
+  assert np.abs(few['arr_0'].astype(int) - five['arr_0']).max() <= 1
+  half, whole = (var_jax.load(generator, bfloat16=on) for on in (True, False))
+  kernel = lambda model: model.params['generator']['blocks']['fc1']['kernel']
+  assert kernel(half).nbytes == kernel(whole).nbytes / 2 and half.identity != whole.identity
+  tokens = half.sample([0, 3, 7, 0, 3], seed=1).tokens
+  assert 0.5 < np.mean(tokens == five['tokens']) <= 1  # of rounded kernels, most of the same
+
+
 def test_loaded_model_refuses_what_does_not_fit(generator, tokenizer):
   model = var_jax.load(generator)
   for call in (lambda: model.sample([10]), lambda: model.sample([-1]), lambda: model.sample([0.5]),

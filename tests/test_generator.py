@@ -122,6 +122,17 @@ def with_gradients(attend):
   return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), (0, 1, 2)))(*queries_keys_values())
 
 
+def test_some_heads_at_a_time_equal_all(monkeypatch):
+  expected = with_gradients(lambda *x: attention.attend(*x, SCALES, 'xla'))
+  monkeypatch.setattr(attention, 'CPU_CACHE', 0)
+  calls, real = [], attention._some_heads_at_a_time
+  monkeypatch.setattr(attention, '_some_heads_at_a_time', lambda *x: calls.append(x) or real(*x))
+  found = with_gradients(lambda *x: attention.attend(*x, SCALES, 'xla'))
+  assert len(calls) == 1  # of the last scale; the coarser ones need a mask
+  for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize('sizes', [None, dict(fsdp=2, tensor=2), dict(tensor=8)])
 def test_splash_attention_equals_xla(sizes):
   """Interpreted, since the kernel is for TPUs: its mask, its padding, and how devices share images and heads."""

@@ -5,8 +5,8 @@ from var_jax.errors import UserError
 __all__ = ['UserError', 'load']
 
 
-def load(workdir):
-  """The model of a workdir: see `var_jax.model.load`."""
+def load(workdir, **options):
+  """The model of a workdir: see `var_jax.model.load`, also for the options."""
   from var_jax.model import load as load_model  # jax starts with the first model, not with the import
 
-  return load_model(workdir)
+  return load_model(workdir, **options)

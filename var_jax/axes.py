@@ -41,6 +41,11 @@ def devices():
   return 1 if mesh.empty else mesh.size
 
 
+def one_cpu():
+  """Whether all runs on one CPU, whose cache is what counts: several are there to try what is for other devices."""
+  return devices() == 1 and platform() == 'cpu'
+
+
 def everywhere():
   """What `jax.jit` takes as out_shardings of results that every device, and so every process, is to have whole."""
   return None if jax.sharding.get_abstract_mesh().empty else PartitionSpec()

@@ -32,11 +32,15 @@ class Model:
 
   Work is done in batches of one size over the mesh (default: all devices); the last one is filled up. Of several
   processes each has to make the same calls, and gets the same results.
+  low_memory: each device encodes and decodes image after image; bfloat16: the generator's kernels are kept in it.
   """
 
-  def __init__(self, tokenizer, tokenizer_params, generator=None, generator_params=None, mesh=None):
-    self.tokenizer, self.generator = tokenizer, generator
+  def __init__(self, tokenizer, tokenizer_params, generator=None, generator_params=None, mesh=None, *,
+               low_memory=False, bfloat16=False):
+    self.tokenizer, self.generator = tokenizer.clone(at_a_time=1) if low_memory else tokenizer, generator
     self.mesh = mesh or mesh_lib.make_mesh()
+    if generator and bfloat16:
+      generator_params = jax.tree_util.tree_map_with_path(_kernel_in_bfloat16, generator_params)
     params = {'tokenizer': tokenizer_params} | ({'generator': generator_params} if generator else {})
     self.params = mesh_lib.put_state(params, self.mesh)
 
@@ -189,14 +193,19 @@ def check_choices(cfg, top_k, top_p, temperature):
     raise UserError(f'temperature {temperature} is not above 0: use top_k=1 for the likeliest tokens')
 
 
-def load(workdir, *, raw=False):
+def _kernel_in_bfloat16(path, x):
+  return x.astype(jnp.bfloat16) if path[-1].key == 'kernel' else x
+
+
+def load(workdir, *, raw=False, **saving):
   """The model of a workdir, from its newest readable checkpoint. UserError when there is none.
 
   raw: the parameters themselves where the run keeps an average of them (EMA); a generator's tokenizer stays as it is.
+  saving: low_memory and bfloat16, see `Model`.
   """
   config = workdir_lib.read_config(workdir)
   mesh = mesh_lib.fitting(config.mesh)
   if config.stage == 'tokenizer':
-    return Model(*workdir_lib.load_tokenizer(workdir, raw=raw), mesh=mesh)
+    return Model(*workdir_lib.load_tokenizer(workdir, raw=raw), mesh=mesh, **saving)
   generator, params, tokenizer, tokenizer_params = workdir_lib.load_generator(pathlib.Path(workdir), raw=raw)
-  return Model(tokenizer, tokenizer_params, generator, params, mesh)
+  return Model(tokenizer, tokenizer_params, generator, params, mesh, **saving)

@@ -24,6 +24,9 @@ def main(arguments):
   parser.add_argument('--classifier', metavar='F.jaxexport', help='images (b, H, W, 3) uint8 -> logits (b, classes), '
                       'such as the judge.jaxexport that evaluate leaves in a workdir')
   parser.add_argument('--batch_size', type=int, default=64, metavar='N', help='images drawn at a time (default 64)')
+  parser.add_argument('--low_memory', action='store_true', help='decode image after image')
+  parser.add_argument('--bfloat16', action='store_true', help="keep the generator's kernels in bfloat16: half of their "
+                      'memory, slightly other images')
   parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='one picture, arrays, or a folder')
   flags.add_distributed(parser)
   options = parser.parse_args(arguments)
@@ -45,7 +48,7 @@ def run(options):
   from var_jax.evaluation.rejection import Rejecting
   from var_jax.model import load
 
-  model = load(options.workdir)
+  model = load(options.workdir, low_memory=options.low_memory, bfloat16=options.bfloat16)
   if options.classifier:
     model = Rejecting(model, options.classifier, options.best_of)
   first = processes.is_first()

@@ -124,7 +124,10 @@ def _cover(image, size):
 
 def to_float(image):
   """uint8 (..., 3) in 0..255 -> float32 in [-1, 1]."""
-  return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+  floats = np.asarray(image).astype(np.float32)
+  floats /= np.float32(127.5)
+  floats -= np.float32(1)
+  return floats
 
 
 def to_uint8(image):

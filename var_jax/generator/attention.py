@@ -5,6 +5,9 @@ cuDNN's fused kernel, which keeps no weights in memory; for GPUs, in bfloat16. s
 leaves out blocks that are hidden. auto: what suits the devices.
 """
 
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +19,32 @@ from var_jax.remat import ATTENTION
 
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'splash')
 LEAST_QUERIES = 64  # coarse scales are taken together until there are so many; a mask hides the finer ones among them
+CPU_CACHE = 2**24  # bytes of weights that a CPU is to work on at a time
 TILE = 128  # splash attention takes lengths that are multiples of it
+
+
+@flax.struct.dataclass
+class Cache:
+  """Keys and values (N, B, L, H, Dh) of the first `length` tokens in N layers, written in place; None to keep none.
+
+  modulation: (N, B, 6, D) of adaptive layer norm, which depends on the class alone; None before the first scale.
+  """
+
+  keys: Any
+  values: Any
+  layer: Any  # the one that is being computed
+  modulation: Any = None
+  length: int = flax.struct.field(pytree_node=False, default=0)
+
+  def extended(self, k_BxlxHxDh, v_BxlxHxDh):
+    """(cache with one scale's keys and values in the layer, keys and values of all that the scale sees)."""
+    if self.keys is None:
+      return self, k_BxlxHxDh, v_BxlxHxDh
+    B, l, H, Dh = k_BxlxHxDh.shape
+    put = lambda kept, new: jax.lax.dynamic_update_slice(kept, new[None], (self.layer, 0, self.length, 0, 0))
+    seen = lambda kept: jax.lax.dynamic_slice(kept, (self.layer, 0, 0, 0, 0), (1, B, self.length + l, H, Dh))[0]
+    keys, values = put(self.keys, k_BxlxHxDh), put(self.values, v_BxlxHxDh)
+    return self.replace(keys=keys, values=values), seen(keys), seen(values)
 
 
 def attend(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, pyramid=None, implementation='xla'):
@@ -30,10 +58,8 @@ def attend(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, pyramid=None, implementation='xla
   if implementation == 'splash' and pyramid is not None:
     return _splash(q, k, v, pyramid)
   if implementation == 'cudnn':
-    return checkpoint_name(_by_ranges(_cudnn, q, k, v, pyramid, length_axis=1), ATTENTION)
-  # Heads first: the products over (L, M) are then plain batched ones, four times as fast on a CPU.
-  out = _by_ranges(_softmax, *(x.swapaxes(1, 2) for x in (q, k, v)), pyramid, length_axis=2).swapaxes(1, 2)
-  return checkpoint_name(out, ATTENTION)
+    return checkpoint_name(_by_ranges(_cudnn, q, k, v, pyramid), ATTENTION)
+  return checkpoint_name(_by_ranges(_xla, q, k, v, pyramid), ATTENTION)
 
 
 def chosen(implementation, dtype):
@@ -56,17 +82,43 @@ def query_ranges(pyramid):
   return ranges
 
 
-def _by_ranges(core, q, k, v, pyramid, length_axis):
+def _by_ranges(core, q, k, v, pyramid):
   """core(q, k, v, mask=None or (1, 1, L, M) bool) over each range of queries."""
   if pyramid is None:
     return core(q, k, v)
-  cut = lambda x, start, end: jax.lax.slice_in_dim(x, start, end, axis=length_axis)
   parts = []
   for first, start, end in query_ranges(pyramid):
     visible = pyramid.visible_LxL[start:end, first:end]
     mask = None if visible.all() else jnp.asarray(visible[None, None])
-    parts.append(core(cut(q, start, end), cut(k, first, end), cut(v, first, end), mask=mask))
-  return jnp.concatenate(parts, axis=length_axis)
+    parts.append(core(q[:, start:end], k[:, first:end], v[:, first:end], mask=mask))
+  return jnp.concatenate(parts, axis=1)
+
+
+def _xla(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, mask=None):
+  (B, L, H, _), M = q_BxLxHxDh.shape, k_BxMxHxDh.shape[1]
+  if axes.one_cpu() and mask is None and isinstance(B, int) and 4 * B * H * L * M > CPU_CACHE:
+    return _some_heads_at_a_time(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh)
+  # Heads first: the products over (L, M) are then plain batched ones, four times as fast on a CPU.
+  return _softmax(*(x.swapaxes(1, 2) for x in (q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh)), mask).swapaxes(1, 2)
+
+
+def _some_heads_at_a_time(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh):
+  """Of one image, as many as a CPU's cache holds weights of; the backward pass computes the weights once more."""
+  (B, L, H, Dh), M = q_BxLxHxDh.shape, k_BxMxHxDh.shape[1]
+  heads = max(n for n in range(1, H + 1) if H % n == 0 and (n == 1 or 16 * n * L * M <= CPU_CACHE))
+
+  @jax.checkpoint
+  def one(i):
+    start = (i // (H // heads), 0, i % (H // heads) * heads, 0)
+    cut = lambda x: jax.lax.dynamic_slice(x, start, (1, x.shape[1], heads, Dh)).swapaxes(1, 2)
+    q, k, v = cut(q_BxLxHxDh), cut(k_BxMxHxDh), cut(v_BxMxHxDh)
+    scores_1xhxLxM = jnp.einsum('bhld,bhmd->bhlm', q, k, preferred_element_type=jnp.float32)
+    weights_1xhxLxM = jnp.exp(scores_1xhxLxM - scores_1xhxLxM.max(-1, keepdims=True))
+    out = jnp.einsum('bhlm,bhmd->bhld', weights_1xhxLxM.astype(v.dtype), v)
+    return (out / weights_1xhxLxM.sum(-1, keepdims=True)).astype(v.dtype)[0].swapaxes(0, 1)
+
+  out = jax.lax.map(one, jnp.arange(B * H // heads)).reshape(B, H // heads, L, heads, Dh)
+  return out.swapaxes(1, 2).reshape(B, L, H, Dh)
 
 
 def _softmax(q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, mask=None):

@@ -130,7 +130,7 @@ def sample(generator, tokenizer, params, labels_B, keys_B, choices, given=None):
   passes = 1 if _is_zero(choices.cfg) else 2
   labels_2B = labels_B if passes == 1 else with_no_class(labels_B, generator)
   masks = None if given is None else keep_masks(given[1], pyramid)
-  total, inputs, cache = 0.0, None, model.empty_cache(len(labels_2B))
+  total, inputs, cache = 0.0, None, model.empty_cache(labels_2B.shape[0])
   tokens, logits, drawn = [], [], []
   for k in range(len(pyramid)):
     logits_2BxlxV, cache = model.next_scale(labels_2B, k, inputs, cache)

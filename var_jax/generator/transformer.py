@@ -9,12 +9,11 @@ from typing import Any
 
 import chex
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from var_jax.axes import BATCH, TENSOR, constrain
-from var_jax.generator.attention import attend
+from var_jax.generator.attention import Cache, attend
 from var_jax.pyramid import Pyramid
 from var_jax.remat import rematerialized
 
@@ -63,26 +62,6 @@ def adaln_init(std, width, scale, gamma_scale):
   return init
 
 
-@flax.struct.dataclass
-class Cache:
-  """Keys and values (N, B, L, H, Dh) of the first `length` tokens in N layers, written in place; None to keep none."""
-
-  keys: Any
-  values: Any
-  layer: Any  # the one that is being computed
-  length: int = flax.struct.field(pytree_node=False, default=0)
-
-  def extended(self, k_BxlxHxDh, v_BxlxHxDh):
-    """(cache with one scale's keys and values in the layer, keys and values of all that the scale sees)."""
-    if self.keys is None:
-      return self, k_BxlxHxDh, v_BxlxHxDh
-    B, l, H, Dh = k_BxlxHxDh.shape
-    put = lambda kept, new: jax.lax.dynamic_update_slice(kept, new[None], (self.layer, 0, self.length, 0, 0))
-    seen = lambda kept: jax.lax.dynamic_slice(kept, (self.layer, 0, 0, 0, 0), (1, B, self.length + l, H, Dh))[0]
-    keys, values = put(self.keys, k_BxlxHxDh), put(self.values, v_BxlxHxDh)
-    return self.replace(keys=keys, values=values), seen(keys), seen(values)
-
-
 class Attention(nn.Module):
   """Multi-head self-attention. Queries and values have a bias, keys have none.
 
@@ -129,8 +108,9 @@ class Block(nn.Module):
   """One transformer block with adaptive layer norm.
 
   carry: tokens (B, L, D), and None when they are a whole pyramid's, or else a `Cache` of the coarser scales; keep_2xB:
-  drop-path factors of the two branches (0 or 1/keep probability), None to keep all; cond: class embedding (B, D), or
-  (B, 6, D) when AdaLN is shared. Returns what the next block takes, and None.
+  drop-path factors of the two branches (0 or 1/keep probability), None to keep all; chunks_Bx6xD: what an earlier call
+  returned as its second value, None to compute it from cond: class embedding (B, D), or (B, 6, D) when AdaLN is shared.
+  Returns what the next block takes as carry, and with a cache the chunks.
   """
 
   width: int
@@ -147,17 +127,9 @@ class Block(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, carry, keep_2xB, cond):
+  def __call__(self, carry, keep_2xB, chunks_Bx6xD, cond):
     (x_BxLxD, cache), D = carry, self.width
-    if self.shared_adaln:
-      init = adaln_init(1 / math.sqrt(D), 2, self.adaln_scale, self.adaln_gamma)
-      offsets_6xD = self.param('adaln', lambda key, shape: init(key, (D, 6)).T, (6, D))
-      chunks_Bx6xD = cond + offsets_6xD.astype(self.dtype)
-    else:
-      init = adaln_init(self.init_std, D, self.adaln_scale, self.adaln_gamma)
-      adaln = Dense(6 * D, dtype=self.dtype, kernel_init=init, dot_general=ROWS, name='adaln')
-      chunks_Bx6xD = adaln(nn.silu(cond)).reshape(-1, 6, D)
-    chunks_Bx6xD = constrain(chunks_Bx6xD, BATCH)
+    chunks_Bx6xD = self._modulation(cond) if chunks_Bx6xD is None else chunks_Bx6xD
     gamma1, gamma2, scale1, scale2, shift1, shift2 = (chunks_Bx6xD[:, i, None] for i in range(6))
 
     attention = Attention(
@@ -174,7 +146,19 @@ class Block(nn.Module):
     fc2 = Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), dot_general=ROWS, name='fc2')
     h = fc2(nn.gelu(constrain(fc1(h), BATCH, None, TENSOR), approximate=True))
     x_BxLxD = constrain(x_BxLxD + self._drop_path(h * gamma2, keep_2xB, 1), BATCH)
-    return (x_BxLxD, None if cache is None else cache.replace(layer=cache.layer + 1)), None
+    if cache is None:
+      return (x_BxLxD, None), None
+    return (x_BxLxD, cache.replace(layer=cache.layer + 1)), chunks_Bx6xD
+
+  def _modulation(self, cond):
+    D = self.width
+    if self.shared_adaln:
+      init = adaln_init(1 / math.sqrt(D), 2, self.adaln_scale, self.adaln_gamma)
+      offsets_6xD = self.param('adaln', lambda key, shape: init(key, (D, 6)).T, (6, D))
+      return constrain(cond + offsets_6xD.astype(self.dtype), BATCH)
+    init = adaln_init(self.init_std, D, self.adaln_scale, self.adaln_gamma)
+    adaln = Dense(6 * D, dtype=self.dtype, kernel_init=init, dot_general=ROWS, name='adaln')
+    return constrain(adaln(nn.silu(cond)).reshape(-1, 6, D), BATCH)
 
   def _drop_path(self, h_BxLxD, keep_2xB, branch):
     return h_BxLxD if keep_2xB is None else h_BxLxD * keep_2xB[branch][:, None, None].astype(self.dtype)
@@ -185,7 +169,7 @@ class Generator(nn.Module):
 
   codes, channels: the tokenizer's codebook; classes: label `classes` means "no class" (for guidance).
   width, heads: by default 64·depth and depth. Initial values as published; adaln_gamma is the recipe's own.
-  remat: see `remat.POLICIES`; attention: see `attention.IMPLEMENTATIONS`.
+  remat: see `remat.POLICIES`; attention: see `attention.IMPLEMENTATIONS`; unroll: no loop over the blocks.
   """
 
   pyramid: Pyramid
@@ -203,6 +187,7 @@ class Generator(nn.Module):
   head_scale: float = 0.02
   remat: str = 'none'
   attention: str = 'auto'
+  unroll: bool = False
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -217,7 +202,8 @@ class Generator(nn.Module):
       self.shared = Dense(6 * D, dtype=self.dtype, kernel_init=normal(std), dot_general=ROWS)
     scanned = nn.scan(
         rematerialized(Block, self.remat, prevent_cse=False), variable_axes={'params': 0},
-        split_rngs={'params': True}, length=self.depth, in_axes=(0, nn.broadcast))
+        split_rngs={'params': True}, length=self.depth, in_axes=(0, 0, nn.broadcast),
+        unroll=self.depth if self.unroll else 1)
     self.blocks = scanned(
         D, self.heads or self.depth, self.mlp_ratio, self.normalize_qk, self.shared_adaln, std,
         std / math.sqrt(2 * self.depth), self.adaln_scale, self.adaln_gamma, self.pyramid, self.attention,
@@ -241,7 +227,7 @@ class Generator(nn.Module):
     x_BxLxD = jnp.concatenate([first_BxlxD, self.word_embed(teacher_BxMxC)], axis=1)
     x_BxLxD += self._where(slice(0, self.pyramid.length))
     x_BxLxD = constrain(x_BxLxD, BATCH)
-    (x_BxLxD, _), _ = self.blocks((x_BxLxD, None), keep_NxxB, self._condition(labels_B))
+    (x_BxLxD, _), _ = self.blocks((x_BxLxD, None), keep_NxxB, None, self._condition(labels_B))
     return self._logits(x_BxLxD, labels_B)
 
   def empty_cache(self, batch):
@@ -261,8 +247,10 @@ class Generator(nn.Module):
     """
     x_BxlxD = self._first(labels_B) if scale == 0 else self.word_embed(input_BxlxC)
     x_BxlxD += self._where(self.pyramid.slices[scale])
-    (x_BxlxD, cache), _ = self.blocks((x_BxlxD, cache), None, self._condition(labels_B))
-    cache = cache.replace(layer=jnp.int32(0), length=self.pyramid.slices[scale].stop)
+    old, carry = cache.modulation, (x_BxlxD, cache.replace(modulation=None))
+    (x_BxlxD, cache), new = self.blocks(carry, None, old, self._condition(labels_B))
+    cache = cache.replace(
+        layer=jnp.int32(0), length=self.pyramid.slices[scale].stop, modulation=new if old is None else old)
     return self._logits(x_BxlxD, labels_B), cache
 
   def _class(self, labels_B):

@@ -1,0 +1,71 @@
+"""How fast the input pipeline delivers JPEGs, beside Pillow alone: rows of benchmark.py, which calls this."""
+
+import multiprocessing
+import multiprocessing.pool
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image
+
+from var_jax.data.pipeline import train_batches
+from var_jax.data.sources import open_source
+
+SIZE, BATCH = (256, 256), 64
+ENLARGED = 288  # of the published recipe, from which the crop is taken
+
+
+def rates(workers, repeats, count=1024, batches=16):
+  """{name: number}: median images/s of the pipeline, and of a pool of as many workers that decodes, resizes and crops.
+
+  workers: processes, or 0 for a thread on each core. Files have 256 px; the pipeline is timed when what it had made
+  ahead is used up.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    files = write_pictures(pathlib.Path(folder) / 'train' / 'one', count)
+    made_of = multiprocessing.get_context('spawn').Pool if workers else multiprocessing.pool.ThreadPool
+    with made_of(workers or os.cpu_count()) as pool:  # first, since the pipeline works ahead
+      list(pool.imap(plain, files[:BATCH]))
+      others = [count / timed(lambda: list(pool.imap(plain, files, chunksize=16))) for _ in range(repeats)]
+    made = train_batches(open_source('folder', folder), batch_size=BATCH, size=SIZE, seed=0, workers=workers)
+    try:
+      drop(made, batches // 2)
+      ours = [batches * BATCH / timed(lambda: drop(made, batches)) for _ in range(repeats)]
+    finally:
+      made.close()
+  mine, plainly = statistics.median(ours), statistics.median(others)
+  return {'images_per_second': mine, 'plain_images_per_second': plainly, 'share_of_plain': mine / plainly,
+          'seconds': BATCH / mine}
+
+
+def drop(made, many):
+  for _ in range(many):
+    next(made)
+
+
+def timed(function):
+  start = time.monotonic()
+  function()
+  return time.monotonic() - start
+
+
+def write_pictures(folder, count):
+  """Smooth shapes with some noise: files of about 30 kB, as photographs of that size have."""
+  folder.mkdir(parents=True)
+  rng, files = np.random.default_rng(0), []
+  for i in range(count):
+    shapes = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
+    noisy = np.asarray(shapes) + rng.normal(0, 6, (*SIZE, 3))
+    files.append(folder / f'{i}.jpg')
+    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(files[-1], quality=85)
+  return files
+
+
+def plain(file):
+  """Makes what a batch has of an image, as bytes, with Pillow alone, and keeps nothing of it."""
+  with Image.open(file) as image:
+    large = image.convert('RGB').resize((ENLARGED, ENLARGED), Image.Resampling.LANCZOS)
+    np.asarray(large.crop((16, 16, 16 + SIZE[1], 16 + SIZE[0])))
