@@ -52,14 +52,14 @@ class Program(NamedTuple):
 def main(arguments):
   parser = flags.Parser('launch/benchmark.py', __doc__, 'python launch/benchmark.py --out=runs/benchmark.json')
   parser.add_argument('--out', required=True, metavar='FILE.json', help='where figures go, beside those it has')
-  parser.add_argument('--only', metavar='TEXT', help='rows whose name has this text')
+  parser.add_argument('--only', metavar='TEXT', help='the row of this name, or rows whose name has this text')
   parser.add_argument('--against', metavar='FILE.json', help='an earlier --out: shows ratios to it')
   parser.add_argument('--repeats', type=int, default=5, metavar='N', help='calls; their median counts (default 5)')
   parser.add_argument('--profile', metavar='DIR', help='traces for TensorBoard or Perfetto')
   parser.add_argument('--plot', metavar='X.png', help='a picture of what --out has, once it is measured')
   options = parser.parse_args(arguments)
   flags.in_range('--repeats', options.repeats, 1)
-  rows = [name for name in ROWS if (options.only or '') in name]
+  rows = [options.only] if options.only in ROWS else [name for name in ROWS if (options.only or '') in name]
   if not rows:
     raise UserError(f'--only={options.only} is in no row: they are {", ".join(ROWS)}')
   path = pathlib.Path(options.out)
@@ -271,11 +271,14 @@ def plot(found, path):
   for size, took in zip(by_size, seconds(by_size)):
     left.annotate(f'{tokens[size]} tokens, {tokens[size] / took:.0f}/s', (size, took), (4, -12),
                   textcoords='offset points', fontsize=8)
-  left.set(xlabel='side of the image, px', ylabel='seconds for one image', xticks=list(by_size), xlim=(110, 900))
+  left.set(xlabel='side of the image, px', ylabel='seconds for one image', xlim=(110, 1100))
+  left.set_ylim(min(seconds(by_size)) / 2, max(seconds(by_size)) * 2)
   left.set_xticks(list(by_size), [str(size) for size in by_size])
+  left.set_yticks(seconds(by_size), [f'{took:.1f}' for took in seconds(by_size)])
   left.minorticks_off()
-  right.plot(list(by_batch), [took / batch for batch, took in zip(by_batch, seconds(by_batch))], 'o-')
-  right.set(xlabel='batch', ylabel='seconds an image', ylim=0, xticks=list(by_batch))
+  each = [took / batch for batch, took in zip(by_batch, seconds(by_batch))]
+  right.plot(list(by_batch), each, 'o-')
+  right.set(xlabel='batch', ylabel='seconds an image', ylim=(0, 1.2 * max(each)), xticks=list(by_batch))
   figure.suptitle('d16 with guidance and decoder, ' + found['sample d16, batch 1']['machine'], fontsize=10)
   figure.savefig(path, dpi=110)
 
