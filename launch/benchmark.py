@@ -65,6 +65,10 @@ def main(arguments):
   path = pathlib.Path(options.out)
   old, found = read(options.against), read(path if path.exists() else None)
   output.make_folder(path.parent)
+  if options.plot:
+    if not options.plot.endswith('.png'):
+      raise UserError(f'--plot={options.plot}: the picture is a PNG, give a name that ends in .png')
+    output.make_folder(pathlib.Path(options.plot).parent, '--plot')
   for name in progress.bar(rows, title='benchmark', unit='row'):
     made = ROWS[name]()
     if isinstance(made, Program):

@@ -53,7 +53,7 @@ def timed(function):
 
 
 def write_pictures(folder, count):
-  """Smooth shapes with some noise: files of about 30 kB, as photographs of that size have."""
+  """Smooth shapes with some noise: files of about 18 kB."""
   folder.mkdir(parents=True)
   rng, files = np.random.default_rng(0), []
   for i in range(count):

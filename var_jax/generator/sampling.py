@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from var_jax import axes
 from var_jax.tokenizer import resize
 
 
@@ -86,6 +87,7 @@ def _gumbel(keys_B, scale, shape):
 
 def _draw(logits_BxlxV, keys_B, scale, scales, choices, codebook_VxC):
   """(tokens (B, l), codes (B, l, C)) of one scale."""
+  logits_BxlxV = axes.constrain(logits_BxlxV, axes.BATCH)  # whole, or each of the filters' sums would cross devices
   logits = keep_likely(logits_BxlxV / choices.temperature, choices.top_k, choices.top_p)
   noise = _gumbel(keys_B, scale, logits.shape[1:])
   if not choices.smooth:
