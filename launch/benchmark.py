@@ -259,7 +259,7 @@ def table(found, old):
 
 
 def plot(found, path):
-  """Seconds of an image against the tokens that it has, and seconds and images/s of a call against its batch."""
+  """Seconds of an image against its side, with its tokens, and against the batch that it is drawn in."""
   from matplotlib.figure import Figure
 
   by_size = {128: 'sample d16, batch 1, 128 px', 256: 'sample d16, batch 1', 512: 'sample d16, batch 1, 512 px'}

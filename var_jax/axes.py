@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 BATCH = ('data', 'fsdp')
 TENSOR = 'tensor'
 NAMES = (*BATCH, TENSOR)
+CPU_CACHE = 2**24  # bytes that a CPU is to work on at a time
 
 
 def constrain(x, *axes):

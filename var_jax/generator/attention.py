@@ -15,11 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from var_jax import axes
+from var_jax.axes import CPU_CACHE
 from var_jax.remat import ATTENTION
 
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'splash')
 LEAST_QUERIES = 64  # coarse scales are taken together until there are so many; a mask hides the finer ones among them
-CPU_CACHE = 2**24  # bytes of weights that a CPU is to work on at a time
 TILE = 128  # splash attention takes lengths that are multiples of it
 
 

@@ -20,7 +20,7 @@ OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 def conv_general_dilated(x_BxHxWxC, kernel_3x3xCxF, strides, padding, **more):
   """`jax.lax.conv_general_dilated` for `nn.Conv`, of inference alone: what it computes on a CPU has slow gradients."""
   direct = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, strides, padding, **more)
-  height, width, channels = x_BxHxWxC.shape[1:]
+  height, width = x_BxHxWxC.shape[1:3]
   suits = (kernel_3x3xCxF.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and height % 2 == width % 2 == 0
            and min(kernel_3x3xCxF.shape[2:]) >= LEAST_CHANNELS and x_BxHxWxC.dtype == jnp.float32)
   if not suits or axes.devices() > 1:

@@ -11,8 +11,6 @@ from var_jax.pyramid import Pyramid
 from var_jax.tokenizer.autoencoder import Decoder, Encoder
 from var_jax.tokenizer.quantizer import MultiScaleQuantizer, Quantized
 
-CPU_CACHE = 2**24  # bytes
-
 
 class Reconstruction(NamedTuple):
   """One training pass: the image (B, H, W, 3), not clipped, and what the quantizer says of it."""
@@ -88,7 +86,7 @@ class Tokenizer(nn.Module):
     if train or self.is_initializing() or not isinstance(B, int):  # an exported program's B is a symbol
       return function(self, x_BxHxWxC)
     each, (height, width) = B // axes.parts(axes.BATCH) or B, self.image_size
-    suits = max(CPU_CACHE // (4 * height * width * self.ch), 1) if axes.platform() == 'cpu' else each
+    suits = max(axes.CPU_CACHE // (4 * height * width * self.ch), 1) if axes.platform() == 'cpu' else each
     turns = next(n for n in range(-(-each // (self.at_a_time or suits)), B + 1) if B % n == 0)
     if turns == 1:
       return function(self, x_BxHxWxC)
