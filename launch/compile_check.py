@@ -24,7 +24,7 @@ from var_jax import flops
 from var_jax import workdir as workdir_lib
 from var_jax.commands import flags
 from var_jax.commands.train import check_numbers
-from var_jax.errors import UserError
+from var_jax.errors import UserError, first_line
 from var_jax.generator import attention, sampling
 from var_jax.stages.generator import GeneratorStage
 from var_jax.stages.tokenizer import TokenizerStage
@@ -88,7 +88,7 @@ def devices_of(topology):
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=topology, **more).devices
   except Exception as error:  # whatever libtpu raises, and its absence
-    raise UserError(f'--topology={topology} cannot be had ({str(error).splitlines()[0][:200]}): use one such as '
+    raise UserError(f'--topology={topology} cannot be had ({first_line(error)}): use one such as '
                     "v5e:4x4, and pip install -e '.[tpu]'") from error
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from tiny_images import Broken, assert_same, noise, numbered, take
 
+from var_jax.data.arrays import ArraySource
 from var_jax.data.images import to_uint8
 from var_jax.data.pipeline import eval_batches, train_batches
-from var_jax.data.sources import ArraySource, open_source
+from var_jax.data.sources import open_source
 from var_jax.errors import UserError
 
 KW = dict(batch_size=6, size=(4, 4), seed=3)

@@ -34,7 +34,7 @@ def test_folder_classes_are_sorted_and_every_suffix_counts(tmp_path):
   (root / 'ant' / 'notes.txt').write_text('no image')
   make_folder(tmp_path / 'val', ['cat', 'ant', 'elk', 'bee'], 1, start=9)
   train, val = (pickle.loads(pickle.dumps(open_source('folder', tmp_path, split))) for split in sources.SPLITS)
-  assert train.class_names == ('ant', 'bee', 'cat', 'elk') and train.num_classes == 4
+  assert train.class_names == ('ant', 'bee', 'cat', 'elk') and len(train.class_names) == 4
   assert [train[i][1] for i in range(len(train))] == [0, 0, 0, 1, 1, 2, 2, 3, 3]
   assert [val[i][1] for i in range(len(val))] == [0, 1, 2, 3]
   image, label = val[1]
@@ -86,7 +86,7 @@ def test_folder_errors_name_the_folder_and_the_way_out(tmp_path):
 
 def test_digits_are_1500_and_297_different_ones():
   train, val = (open_source('digits', split=split) for split in sources.SPLITS)
-  assert (len(train), len(val), train.num_classes) == (1500, 297, 10)
+  assert (len(train), len(val), len(train.class_names)) == (1500, 297, 10)
   assert set(val.labels.tolist()) == set(range(10))
   assert train[0][0].shape == (8, 8, 3) and train.images.min() == 0 and train.images.max() == 255
   from sklearn.datasets import load_digits
@@ -109,7 +109,7 @@ def test_idx_files_are_read_gzipped_or_not(tmp_path):
     open_source('arrays', tmp_path)
   write_idx(tmp_path / 't10k-labels-idx1-ubyte.gz', np.array([1, 3], np.uint8))
   train, val = (open_source('arrays', tmp_path, split) for split in sources.SPLITS)
-  assert (len(train), len(val), train.num_classes, val.num_classes) == (5, 2, 4, 4)
+  assert (len(train), len(val), len(train.class_names), len(val.class_names)) == (5, 2, 4, 4)
   np.testing.assert_array_equal(train[2][0], np.stack([pixels[2]] * 3, -1))
   assert train[2][1] == 2 and val[1][1] == 3
   (tmp_path / 't10k-images-idx3-ubyte').write_bytes(b'\0\0\x08\x03short')
@@ -123,12 +123,12 @@ def test_npz_layouts_and_their_held_out_part(tmp_path):
     path = tmp_path / f'{names[0]}.npz'
     np.savez(path, **dict(zip(names, (pixels, labels[:, None]))))
     train, val = (open_source('arrays', path, split) for split in sources.SPLITS)
-    assert (len(train), len(val), train.num_classes, val.num_classes) == (38, 2, 7, 7)
+    assert (len(train), len(val), len(train.class_names), len(val.class_names)) == (38, 2, 7, 7)
     found = {image.tobytes(): label for part in (train, val) for image, label in (part[i] for i in range(len(part)))}
     assert found == {image.tobytes(): label for image, label in zip(pixels, labels)}
   np.savez(path, x_train=pixels[..., 0], y_train=labels, x_test=pixels[:3, ..., :1], y_test=labels[:3])
   train, val = (open_source('arrays', path, split) for split in sources.SPLITS)
-  assert (len(train), len(val), val.num_classes) == (40, 3, 7)
+  assert (len(train), len(val), len(val.class_names)) == (40, 3, 7)
   np.testing.assert_array_equal(val[2][0], pixels[2, ..., [0, 0, 0]].transpose(1, 2, 0))
 
 
@@ -190,7 +190,7 @@ def test_prepared_tfds_data_is_read_without_tensorflow(tmp_path):
   info = {'name': 'toy', 'version': '1.0.0', 'fileFormat': 'array_record', 'splits': splits}
   (tmp_path / 'dataset_info.json').write_text(json.dumps(info))
   train, val = (pickle.loads(pickle.dumps(open_source('tfds', tmp_path, split))) for split in sources.SPLITS)
-  assert (len(train), len(val), train.class_names, train.num_classes) == (5, 2, ('cat', 'dog'), 2)
+  assert (len(train), len(val), train.class_names, len(train.class_names)) == (5, 2, ('cat', 'dog'), 2)
   np.testing.assert_array_equal(train[3][0], pixels[3])
   assert train[3][1] == 1
   with pytest.raises(UnreadableImage, match=r'image 4 of .*\(train\)'):

@@ -41,7 +41,7 @@ def test_tokens_are_those_of_the_images_in_their_order(trained, made):
   model, size = var_jax.load(trained[1]), (8, 8)
   for split, count in (('train', 1500), ('validation', 297)):
     images, source = open_source('digits', split=split), tokens_lib.TokenSource(made, split)
-    assert len(source) == len(images) == count and source.num_classes == 10
+    assert len(source) == len(images) == count and len(source.class_names) == 10
     rows = [0, 1, count // 2, count - 1]
     expected = model.encode(np.stack([fit(images[i][0], size, enlarge=1) for i in rows]))
     for i, tokens_L in zip(rows, expected):

@@ -7,8 +7,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from var_jax.data.arrays import ArraySource
 from var_jax.data.images import UnreadableImage
-from var_jax.data.sources import ArraySource
 
 RED = (255, 0, 0)
 
@@ -42,7 +42,7 @@ def numbered(count, size=4):
 
 class Broken:
   """A source of which some images cannot be read."""
-  class_names, num_classes = ('a',), 1
+  class_names = ('a',)
 
   def __init__(self, count, bad):
     self.count, self.bad = count, set(bad)

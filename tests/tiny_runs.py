@@ -13,7 +13,7 @@ import optax
 
 from var_jax import workdir as workdir_lib
 from var_jax.__main__ import main
-from var_jax.data.sources import ArraySource
+from var_jax.data.arrays import ArraySource
 from var_jax.stages.generator import GeneratorStage
 from var_jax.stages.tokenizer import TokenizerStage
 from var_jax.training import loop

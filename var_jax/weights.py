@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from var_jax.errors import UserError
+from var_jax.errors import UserError, first_line
 
 TORCH_SUFFIXES = ('.pth', '.pt')
 DTYPES = {  # of .safetensors
@@ -63,7 +63,8 @@ def write_tensors(path, tensors):
     part.replace(path)
   except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
     part.unlink(missing_ok=True)
-    raise UserError(f'could not write {path} ({_one_line(error)}): free some space or choose another folder') from error
+    raise UserError(f'could not write {path} ({first_line(error)}): free some space, or choose another '
+                    'folder') from error
 
 
 def match_shapes(tensors, shapes, what, hint='check that the file belongs to this model'):
@@ -92,17 +93,12 @@ def _broken(path, why):
   return UserError(f'{path} is truncated or no weight file ({why}): download it again')
 
 
-def _one_line(error):
-  lines = str(error).strip().splitlines()
-  return lines[0][:200] if lines else type(error).__name__
-
-
 def _read_safetensors(path):
   try:
     with safetensors.safe_open(path, 'np'):  # checks the index against the file's length
       pass
   except (safetensors.SafetensorError, OSError, ValueError) as error:
-    raise _broken(path, _one_line(error)) from error
+    raise _broken(path, first_line(error)) from error
   with path.open('rb') as file:
     length = int.from_bytes(file.read(8), 'little')
     index = json.loads(file.read(length))
@@ -139,7 +135,7 @@ def _read_npz(path):
       return {name: arrays[name] for name in arrays.files}
   except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
     # An array of objects is a pickle, and so, to NumPy, is anything that it does not recognise.
-    raise UserError(f'{path} is truncated, no .npz file, or holds pickled objects ({_one_line(error)}): '
+    raise UserError(f'{path} is truncated, no .npz file, or holds pickled objects ({first_line(error)}): '
                     'download it again, or save it with plain arrays') from error
 
 
@@ -160,7 +156,7 @@ def _read_torch(path):
     raise UserError(f'{path} would call {call[1]} when read, so it holds more than weights and was not opened: '
                     'take it from a source with plain weights, or save its state_dict alone') from error
   except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-    raise _broken(path, _one_line(error)) from error
+    raise _broken(path, first_line(error)) from error
   return dict(_flatten(loaded, '', torch)) if isinstance(loaded, dict) else {}
 
 

@@ -133,10 +133,10 @@ def _lookup(config, name):
 
 def _set_classes(config, source):
   """Writes into the config how many classes the data has, unless it says so itself."""
-  config.model.classes = config.model.classes or source.num_classes
-  if config.model.classes < source.num_classes:
+  config.model.classes = config.model.classes or len(source.class_names)
+  if config.model.classes < len(source.class_names):
     raise UserError(
-        f'model.classes is {config.model.classes}, but the data has {source.num_classes} classes: set it to 0')
+        f'model.classes is {config.model.classes}, but the data has {len(source.class_names)} classes: set it to 0')
 
 
 def make_stage(config, workdir, steps):

@@ -61,10 +61,6 @@ class TokenSource:
     tokens_CxL = np.frombuffer(record, token_type(self._codes), offset=4).reshape(self._shape)
     return tokens_CxL.astype(np.int32), int(np.frombuffer(record, np.int32, 1)[0])
 
-  @property
-  def num_classes(self):
-    return len(self.class_names)
-
 
 def token_type(codes):
   return np.uint16 if codes <= 2**16 else np.uint32

@@ -28,7 +28,7 @@ class RealImages:
 
   def __init__(self, config, size):
     source = open_source(config.data.source, config.data.path, 'train')
-    self.classes, self.train = source.num_classes, _images(source, size)
+    self.classes, self.train = len(source.class_names), _images(source, size)
     self.held_out = _images(open_source(config.data.source, config.data.path, 'validation'), size)
 
 

@@ -13,7 +13,7 @@ import warnings
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from var_jax.errors import UserError, note
+from var_jax.errors import UserError, first_line, note
 from var_jax.training import checksums, processes
 
 
@@ -143,7 +143,7 @@ class Checkpoints:
       if processes.is_loss(error):
         raise
       good = [s for s in self.steps() if s != step]
-      reason = _first_line(error)
+      reason = _cause(error)
       raise UserError(
           f'could not save step {step} to {self.folder}: {reason}; free some space and run the same command again'
           + (f', it resumes from step {good[-1]}' if good else '')) from error
@@ -198,7 +198,7 @@ class Checkpoints:
           self.say(f'using checkpoint {step} instead')
         return items, step, metadata
       except Exception as error:  # whatever a damaged file makes orbax raise
-        reasons.append(_first_line(error))
+        reasons.append(_cause(error))
       with _quiet():
         gc.collect()  # tasks that orbax left behind complain when they are collected
       self._unreadable.add(step)
@@ -231,12 +231,11 @@ def save_params(folder, params):
     with _quiet():
       ocp.save(pathlib.Path(folder).absolute(), params)
   except Exception as error:  # see Checkpoints._write
-    raise UserError(f'could not write {folder} ({_first_line(error)}): free some space') from error
+    raise UserError(f'could not write {folder} ({_cause(error)}): free some space') from error
 
 
-def _first_line(error):
+def _cause(error):
   """The innermost cause in one line."""
   while error.__cause__ is not None:
     error = error.__cause__
-  lines = str(error).strip().splitlines()
-  return (lines[0] if lines else type(error).__name__)[:200]
+  return first_line(error)
