@@ -1,5 +1,8 @@
 """Transformer, sampling and editing against the published implementation, and their invariants."""
 
+import contextlib
+import re
+
 import golden_files
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,10 @@ import pytest
 from golden_files import assert_close
 from published_models import nhwc
 
+from var_jax import workdir
 from var_jax.generator import attention, sampling
 from var_jax.generator.sampling import Choices
+from var_jax.generator.transformer import Generator
 from var_jax.pyramid import Pyramid
 from var_jax.training import mesh as mesh_lib
 
@@ -99,6 +104,28 @@ def test_same_seed_gives_same_tokens_whatever_the_batch():
   np.testing.assert_array_equal(four[:1], sample('var', [3], choices, seed=1).tokens_BxL)
   np.testing.assert_array_equal(four[:3], sample('var', [3, 5, 7], choices, seed=1).tokens_BxL)
   assert not np.array_equal(four, sample('var', [3, 5, 7, 9], choices, seed=2).tokens_BxL)
+
+
+def test_no_scale_copies_the_cache():
+  model = Generator(Pyramid.of((1, 2)), codes=64, channels=16, classes=10, depth=2, width=128, heads=16)
+  labels_B = jnp.zeros(32, jnp.int32)
+
+  def draw(params):
+    bound = model.bind({'params': params})
+    _, cache = bound.next_scale(labels_B, 0, None, bound.empty_cache(32))
+    return bound.next_scale(labels_B, 1, jnp.zeros((32, 4, 16)), cache)[0]
+
+  with optimizations():
+    program = jax.jit(draw).lower(workdir.generator_shapes(model)).compile().as_text()
+  copied = re.findall(r'= f32\[2,32,5,16,8\]\S* copy\(', program)
+  assert len(copied) <= 1, copied  # the zeros that keys and values both begin with
+
+
+@contextlib.contextmanager
+def optimizations():
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 def test_smooth_sampling_mixes_codes():

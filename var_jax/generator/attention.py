@@ -44,7 +44,9 @@ class Cache:
     put = lambda kept, new: jax.lax.dynamic_update_slice(kept, new[None], (self.layer, 0, self.length, 0, 0))
     seen = lambda kept: jax.lax.dynamic_slice(kept, (self.layer, 0, 0, 0, 0), (1, B, self.length + l, H, Dh))[0]
     keys, values = put(self.keys, k_BxlxHxDh), put(self.values, v_BxlxHxDh)
-    return self.replace(keys=keys, values=values), seen(keys), seen(values)
+    cache = self.replace(keys=keys, values=values)
+    # What was just put would be read in the loop that puts it, and XLA copy the whole cache, twice a layer.
+    return (cache, seen(keys), seen(values)) if self.length else (cache, k_BxlxHxDh, v_BxlxHxDh)
 
 
 def attend(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, pyramid=None, implementation='xla'):
