@@ -15,6 +15,8 @@ import time
 from typing import NamedTuple
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # libtpu, where installed, would look for chips
+# What is counted comes before machine code is written, which need not be good: a quarter of the time and more.
+os.environ.setdefault('LIBTPU_INIT_ARGS', '--xla_jf_llo_level=1')
 
 import jax
 import jax.numpy as jnp
