@@ -25,7 +25,9 @@ TILE = 128  # splash attention takes lengths that are multiples of it
 
 @flax.struct.dataclass
 class Cache:
-  """Keys and values (N, B, L, H, Dh) of the first `length` tokens in N layers, written in place; None to keep none.
+  """Keys and values (N, B, L, D) of the first `length` tokens in N layers, written in place; None to keep none.
+
+  All heads lie in one axis: a TPU would fill up heads of 64 to 128.
 
   modulation: (N, B, 6, D) of adaptive layer norm, which depends on the class alone; None before the first scale.
   """
@@ -41,8 +43,10 @@ class Cache:
     if self.keys is None:
       return self, k_BxlxHxDh, v_BxlxHxDh
     B, l, H, Dh = k_BxlxHxDh.shape
-    put = lambda kept, new: jax.lax.dynamic_update_slice(kept, new[None], (self.layer, 0, self.length, 0, 0))
-    seen = lambda kept: jax.lax.dynamic_slice(kept, (self.layer, 0, 0, 0, 0), (1, B, self.length + l, H, Dh))[0]
+    M, D = self.length + l, H * Dh
+    put = lambda kept, new: jax.lax.dynamic_update_slice(
+        kept, new.reshape(1, B, l, D), (self.layer, 0, self.length, 0))
+    seen = lambda kept: jax.lax.dynamic_slice(kept, (self.layer, 0, 0, 0), (1, B, M, D)).reshape(B, M, H, Dh)
     keys, values = put(self.keys, k_BxlxHxDh), put(self.values, v_BxlxHxDh)
     cache = self.replace(keys=keys, values=values)
     # What was just put would be read in the loop that puts it, and XLA copy the whole cache, twice a layer.

@@ -234,8 +234,7 @@ class Generator(nn.Module):
     """A `Cache` for so many pyramids; of a Markov pyramid, whose scales need no others, one that keeps nothing."""
     if self.pyramid.markov:
       return Cache(None, None, jnp.int32(0))
-    D, H = self.width or 64 * self.depth, self.heads or self.depth
-    zeros = jnp.zeros((self.depth, batch, self.pyramid.length, H, D // H), self.dtype)
+    zeros = jnp.zeros((self.depth, batch, self.pyramid.length, self.width or 64 * self.depth), self.dtype)
     zeros = constrain(zeros, None, BATCH, None, TENSOR)
     return Cache(zeros, zeros, jnp.int32(0))
 
