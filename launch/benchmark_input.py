@@ -1,5 +1,6 @@
 """How fast the input pipeline delivers JPEGs, beside Pillow alone: rows of benchmark.py, which calls this."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.pool
 import os
@@ -15,28 +16,28 @@ from var_jax.data.pipeline import train_batches
 from var_jax.data.sources import open_source
 
 SIZE, BATCH = (256, 256), 64
+PAUSE = 3  # seconds, in which the pipeline makes all that it makes ahead: 12 batches with two processes
 ENLARGED = 288  # of the published recipe, from which the crop is taken
 
 
 def rates(workers, repeats, count=1024, batches=16):
   """{name: number}: median images/s of the pipeline, and of a pool of as many workers that decodes, resizes and crops.
 
-  workers: processes, or 0 for a thread on each core. Files have 256 px; the pipeline is timed when what it had made
-  ahead is used up.
+  workers: processes, or 0 for a thread on each core. Files have 256 px; both are timed in turn, the pool once the
+  pipeline has made its batches ahead and waits, the pipeline once they are used up.
   """
   with tempfile.TemporaryDirectory() as folder:
     files = write_pictures(pathlib.Path(folder) / 'train' / 'one', count)
     made_of = multiprocessing.get_context('spawn').Pool if workers else multiprocessing.pool.ThreadPool
-    with made_of(workers or os.cpu_count()) as pool:  # first, since the pipeline works ahead
-      list(pool.imap(plain, files[:BATCH]))
-      others = [count / timed(lambda: list(pool.imap(plain, files, chunksize=16))) for _ in range(repeats)]
     made = train_batches(open_source('folder', folder), batch_size=BATCH, size=SIZE, seed=0, workers=workers)
-    try:
-      drop(made, batches // 2)
-      ours = [batches * BATCH / timed(lambda: drop(made, batches)) for _ in range(repeats)]
-    finally:
-      made.close()
-  mine, plainly = statistics.median(ours), statistics.median(others)
+    ours, others = [], []
+    with made_of(workers or os.cpu_count()) as pool, contextlib.closing(made):
+      for _ in range(repeats + 1):  # the first one warms up
+        drop(made, batches)
+        ours.append(batches * BATCH / timed(lambda: drop(made, batches)))
+        time.sleep(PAUSE)
+        others.append(count / timed(lambda: list(pool.imap(plain, files, chunksize=16))))
+  mine, plainly = statistics.median(ours[1:]), statistics.median(others[1:])
   return {'images_per_second': mine, 'plain_images_per_second': plainly, 'share_of_plain': mine / plainly,
           'seconds': BATCH / mine}
 

@@ -122,9 +122,10 @@ def _cover(image, size):
   return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS))
 
 
-def to_float(image):
-  """uint8 (..., 3) in 0..255 -> float32 in [-1, 1]."""
-  floats = np.asarray(image).astype(np.float32)
+def to_float(image, out=None):
+  """uint8 (..., 3) in 0..255 -> float32 in [-1, 1], in `out` if there is one."""
+  floats = np.empty(np.shape(image), np.float32) if out is None else out
+  floats[...] = image
   floats /= np.float32(127.5)
   floats -= np.float32(1)
   return floats

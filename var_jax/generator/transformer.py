@@ -234,8 +234,9 @@ class Generator(nn.Module):
     """A `Cache` for so many pyramids; of a Markov pyramid, whose scales need no others, one that keeps nothing."""
     if self.pyramid.markov:
       return Cache(None, None, jnp.int32(0))
-    zeros = jnp.zeros((self.depth, batch, self.pyramid.length, self.width or 64 * self.depth), self.dtype)
-    zeros = constrain(zeros, None, BATCH, None, TENSOR)
+    D, H = self.width or 64 * self.depth, self.heads or self.depth
+    zeros = jnp.zeros((self.depth, batch, self.pyramid.length, H, D // H), self.dtype)
+    zeros = constrain(zeros, None, BATCH, None, TENSOR).reshape(*zeros.shape[:3], D)  # no head in parts
     return Cache(zeros, zeros, jnp.int32(0))
 
   def next_scale(self, labels_B, scale, input_BxlxC, cache):
