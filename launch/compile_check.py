@@ -169,7 +169,7 @@ def check(config, options, chip):
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    used = re.search(r'Used ([\d.]+)G', str(error))
+    used = re.search(r'(?:Used |HLO temporaries \()([\d.]+)G', str(error))
     return {'fits': False, 'needs_gib': float(used[1]) if used else None, 'why': ' '.join(str(error).split())[:200]}
   memory, cost, n = compiled.memory_analysis(), hlo.count(compiled.as_text(), kernels), len(devices)
   peak = memory.peak_memory_in_bytes
