@@ -20,7 +20,8 @@ from tiny_runs import ROOT, differing, metrics_of, train_both
 from var_jax.__main__ import main
 from var_jax.training.processes import LOST
 
-STEPS = ['--config.steps=8', '--config.eval_every=4', '--config.pictures_every=8', '--config.checkpoint_every=4']
+STEPS = ['--config.steps=8', '--config.eval_every=4', '--config.pictures_every=8', '--config.checkpoint_every=4',
+         '--config.log_every=3']
 
 
 @pytest.fixture(scope='module')

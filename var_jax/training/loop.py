@@ -151,7 +151,7 @@ def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar
     if several and not asked and processes.preempted(step + 1):
       asked = [signal.SIGTERM]
     fetch()
-    if pending is not None:
+    if pending is not None and not bar.disable:
       rate = (step - start) * config.batch_size / bar.format_dict['elapsed']
       bar.set_postfix_str(f'loss {float(pending["loss"]):.4f}, {rate:.0f} images/s', refresh=False)
     pending, step = metrics, step + 1
