@@ -4,14 +4,15 @@ Goes on where it was stopped: programs that --results has are not compiled again
 hours. --show prints the table of what is there.
 """
 
+import contextlib
 import json
 import pathlib
 import subprocess
 import sys
 
 from var_jax import progress
-from var_jax.commands import flags
-from var_jax.errors import UserError
+from var_jax.commands import flags, output
+from var_jax.errors import UserError, first_line
 
 SMALL, LARGE = 'experiments/imagenet256.py', 'experiments/imagenet512.py'
 GENERATORS = {f'd{depth}': f'{SMALL}:generator,depth={depth}' for depth in (16, 20, 24, 30)}
@@ -43,6 +44,9 @@ def main(arguments):
   parser.add_argument('--show', action='store_true', help='compile nothing')
   options = parser.parse_args(arguments)
   path = pathlib.Path(options.results)
+  if options.show and not path.exists():
+    raise UserError(f'there is no {path} to show: leave out --show to compile, or give another --results')
+  output.make_folder(path.parent, '--results')
   found = read(path)
   wanted = [key for key in programs() if (options.only or '') in ' '.join(key)]
   if not wanted:
@@ -50,7 +54,6 @@ def main(arguments):
   missing = [key for key in wanted if key not in found]
   for row, pod in [] if options.show else progress.bar(missing, title='compile', unit='program'):
     found[row, pod] = compiled(row, pod)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('a') as file:
       file.write(json.dumps(found[row, pod]) + '\n')
   print(table(found))
@@ -59,14 +62,17 @@ def main(arguments):
 def read(path):
   """{(row, pod): figures} of a file of results; of other settings than ours, and of lines cut short, nothing."""
   found = {}
-  for line in path.read_text().splitlines() if path.is_file() else []:
-    try:
+  try:
+    lines = path.read_text().splitlines() if path.exists() else []
+  except (OSError, ValueError) as error:
+    raise UserError(f'cannot read --results={path} ({first_line(error)}): give a file of an earlier run, or a new '
+                    'one') from error
+  for line in lines:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
       figures = json.loads(line)
-    except ValueError:
-      continue
-    key = figures['row'], figures['topology']
-    if figures['program'] == 'sample' or f'--config.accumulate={figures["accumulate"]}' in programs().get(key, []):
-      found[key] = figures
+      key = figures['row'], figures['topology']
+      if figures['program'] == 'sample' or f'--config.accumulate={figures["accumulate"]}' in programs().get(key, []):
+        found[key] = figures
   return found
 
 

@@ -207,6 +207,19 @@ def test_nonsense_is_refused(tmp_path, options, word):
   assert ran.returncode == 2 and lines[-1].startswith('error: ') and word in lines[-1], ran.stderr
 
 
+def test_table_shows_what_a_file_of_results_has(tmp_path):
+  show = lambda path: subprocess.run([sys.executable, 'launch/compile_table.py', f'--results={path}', '--show'],
+                                     cwd=ROOT, capture_output=True, text=True)
+  line = next(line for line in (ROOT / 'experiments/pods.jsonl').read_text().splitlines() if '"d16: train"' in line)
+  (tmp_path / 'some.jsonl').write_text(f'garbage\n{{"a": 1}}\n[1, 2]\n{line}\n{line[:99]}')
+  row, = [line for line in show(tmp_path / 'some.jsonl').stdout.splitlines() if line.startswith('| d16: train')]
+  assert row.count('%') == 2, row
+  (tmp_path / 'bytes.jsonl').write_bytes(bytes(range(256)))
+  for bad in ('bytes.jsonl', '', 'none.jsonl'):
+    ran = show(tmp_path / bad)
+    assert ran.returncode == 2 and ran.stderr.startswith('error: ') and len(ran.stderr.splitlines()) == 1, ran.stderr
+
+
 @needs_libtpu
 def test_program_is_compiled_for_a_pod(tmp_path):
   experiment = write_experiment(tmp_path)

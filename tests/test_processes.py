@@ -18,7 +18,8 @@ from PIL import Image
 from tiny_runs import ROOT, differing, metrics_of, train_both
 
 from var_jax.__main__ import main
-from var_jax.training.processes import LOST
+from var_jax.errors import UserError
+from var_jax.training.processes import LOST, join
 
 STEPS = ['--config.steps=8', '--config.eval_every=4', '--config.pictures_every=8', '--config.checkpoint_every=4',
          '--config.log_every=3']
@@ -77,6 +78,13 @@ def restored(workdir):
 def numbers(workdir):
   return {(line['step'], name): value for line in metrics_of(workdir) for name, value in line.items()
           if 'per_second' not in name}
+
+
+@pytest.mark.parametrize('how', [
+    '127.0.0.1:abc,2,0', '127.0.0.1:99999,2,0', ':29560,2,0', '127.0.0.1,2,0', '127.0.0.1:29560,2'])
+def test_nonsense_finds_no_processes(how):
+  with pytest.raises(UserError, match='HOST:PORT,COUNT,INDEX'):
+    join(how, timeout=5)
 
 
 @pytest.fixture(scope='module')

@@ -94,6 +94,7 @@ def add_distributed(parser):
 def together(options):
   """Within, this process is one of those that `add_distributed` asked for, if it did."""
   if options.distributed:
+    in_range('--join_timeout', options.join_timeout, 1)
     processes.join(options.distributed, options.join_timeout)
   with processes.together():
     yield

@@ -26,7 +26,10 @@ def join(how, timeout=300):
   if how != 'auto':
     try:
       address, count, index = how.split(',')
+      host, _, port = address.rpartition(':')
       given = dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
+      if not host or not 0 < int(port) < 2**16:  # jax would wait for it, or abort
+        raise ValueError(f'no host and port in {address}')
     except ValueError as error:
       raise _nobody(how, 'that is no address, count and index') from error
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
