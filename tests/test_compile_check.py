@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_runs import ROOT, write_experiment
 
 from var_jax import flops
+from var_jax.errors import UserError
 from var_jax.generator import attention
 from var_jax.generator.transformer import Generator
 from var_jax.pyramid import Pyramid
@@ -207,17 +208,19 @@ def test_nonsense_is_refused(tmp_path, options, word):
   assert ran.returncode == 2 and lines[-1].startswith('error: ') and word in lines[-1], ran.stderr
 
 
-def test_table_shows_what_a_file_of_results_has(tmp_path):
-  show = lambda path: subprocess.run([sys.executable, 'launch/compile_table.py', f'--results={path}', '--show'],
-                                     cwd=ROOT, capture_output=True, text=True)
+def test_table_shows_what_a_file_of_results_has(tmp_path, monkeypatch, capsys):
+  monkeypatch.syspath_prepend(ROOT / 'launch')
+  compile_table = __import__('compile_table')
+  show = lambda path: compile_table.main([f'--results={path}', '--show'])
   line = next(line for line in (ROOT / 'experiments/pods.jsonl').read_text().splitlines() if '"d16: train"' in line)
   (tmp_path / 'some.jsonl').write_text(f'garbage\n{{"a": 1}}\n[1, 2]\n{line}\n{line[:99]}')
-  row, = [line for line in show(tmp_path / 'some.jsonl').stdout.splitlines() if line.startswith('| d16: train')]
+  show(tmp_path / 'some.jsonl')
+  row, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| d16: train')]
   assert row.count('%') == 2, row
   (tmp_path / 'bytes.jsonl').write_bytes(bytes(range(256)))
   for bad in ('bytes.jsonl', '', 'none.jsonl'):
-    ran = show(tmp_path / bad)
-    assert ran.returncode == 2 and ran.stderr.startswith('error: ') and len(ran.stderr.splitlines()) == 1, ran.stderr
+    with pytest.raises(UserError, match='--results'):
+      show(tmp_path / bad)
 
 
 @needs_libtpu
