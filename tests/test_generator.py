@@ -102,7 +102,6 @@ def test_same_seed_gives_same_tokens_whatever_the_batch():
   choices = Choices(cfg=1.5, top_k=20, top_p=0.9)
   four = sample('var', [3, 5, 7, 9], choices, seed=1).tokens_BxL
   np.testing.assert_array_equal(four[:1], sample('var', [3], choices, seed=1).tokens_BxL)
-  np.testing.assert_array_equal(four[:3], sample('var', [3, 5, 7], choices, seed=1).tokens_BxL)
   assert not np.array_equal(four, sample('var', [3, 5, 7, 9], choices, seed=2).tokens_BxL)
 
 
