@@ -46,7 +46,8 @@ def main(arguments):
   path = pathlib.Path(options.results)
   if options.show and not path.exists():
     raise UserError(f'there is no {path} to show: leave out --show to compile, or give another --results')
-  output.make_folder(path.parent, '--results')
+  if not options.show:
+    output.make_folder(path.parent, '--results')
   found = read(path)
   wanted = [key for key in programs() if (options.only or '') in ' '.join(key)]
   if not wanted:

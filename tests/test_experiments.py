@@ -5,10 +5,10 @@ Slow: minutes of compiling. `test_commands` reads every config in the fast suite
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_runs import optimizations
 
 from var_jax.__main__ import main
 
@@ -16,9 +16,8 @@ from var_jax.__main__ import main
 @pytest.fixture(scope='module', autouse=True)
 def compile_well():
   """These networks are large enough that running unoptimized programs takes longer than optimizing them."""
-  jax.config.update('jax_disable_most_optimizations', False)
-  yield
-  jax.config.update('jax_disable_most_optimizations', True)
+  with optimizations():
+    yield
 
 
 @pytest.fixture(scope='module')

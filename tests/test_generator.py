@@ -1,6 +1,5 @@
 """Transformer, sampling and editing against the published implementation, and their invariants."""
 
-import contextlib
 import re
 
 import golden_files
@@ -11,6 +10,7 @@ import published_models
 import pytest
 from golden_files import assert_close
 from published_models import nhwc
+from tiny_runs import optimizations
 
 from var_jax import workdir
 from var_jax.generator import attention, sampling
@@ -119,15 +119,6 @@ def test_no_scale_copies_the_cache():
   cache = re.escape('= f32[2,32,5,128]')
   copied = re.findall(rf'{cache}\S* copy\(', program)
   assert re.search(cache, program) and len(copied) <= 1, copied  # the zeros that keys and values both begin with
-
-
-@contextlib.contextmanager
-def optimizations():
-  jax.config.update('jax_disable_most_optimizations', False)
-  try:
-    yield
-  finally:
-    jax.config.update('jax_disable_most_optimizations', True)
 
 
 def test_smooth_sampling_mixes_codes():

@@ -1,5 +1,6 @@
 """The smallest runs of both stages and of a stage of one number, shared by the tests of training and commands."""
 
+import contextlib
 import functools
 import json
 import math
@@ -50,6 +51,16 @@ FULL = {'loss.adversarial': 0.5, 'loss.adversarial_start': 0.5, 'codebook.restar
         'codebook.restart_after': 2, 'codebook.scale_dropout': 0.5}
 # A generator without randomness: labels always dropped, paths never.
 CERTAIN = {'label_drop': 1.0, 'drop_path': 0.0}
+
+
+@contextlib.contextmanager
+def optimizations():
+  """Within, programs are compiled as users' are; see conftest.py."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 def write_experiment(folder):
