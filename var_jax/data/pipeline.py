@@ -43,7 +43,7 @@ def train_batches(source, *, batch_size, size, seed, start=0, enlarge=1.125, fli
   elements = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat()
   elements = elements.random_map(_TrainElement(source, size, enlarge, flip), seed=augment_seed)
   rows = _ProcessRows(elements, batch_size, local, process_index, start)
-  return Batches(_batched(rows, local, workers), source, local, size, enlarge, workers)
+  return Batches(rows, source, local, size, enlarge, workers)
 
 
 def eval_batches(source, *, batch_size, size, enlarge=1.125, limit=None, process_index=0, process_count=1, workers=0):
@@ -57,7 +57,7 @@ def eval_batches(source, *, batch_size, size, enlarge=1.125, limit=None, process
   elements = grain.MapDataset.range(-(-count // batch_size) * batch_size)
   elements = elements.map(_EvalElement(source, size, enlarge, count))
   rows = _ProcessRows(elements, batch_size, local, process_index, 0)
-  return Batches(_batched(rows, local, workers), source, local, size, enlarge, workers)
+  return Batches(rows, source, local, size, enlarge, workers)
 
 
 def crop_batches(source, *, batch_size, size, seed, images, crops, enlarge=1.125, flip=False, workers=0):
@@ -73,7 +73,7 @@ def crop_batches(source, *, batch_size, size, seed, images, crops, enlarge=1.125
   else:
     elements = elements.map(_EvalElement(source, size, enlarge, len(source)))
   rows = elements[images.start * many:images.stop * many]
-  return Batches(_batched(rows, batch_size, workers, whole=False), source, batch_size, size, enlarge, workers)
+  return Batches(rows, source, batch_size, size, enlarge, workers, whole=False)
 
 
 def _local_size(source, batch_size, process_index, process_count):
@@ -85,11 +85,6 @@ def _local_size(source, batch_size, process_index, process_count):
   if not 0 <= process_index < process_count:
     raise UserError(f'process_index {process_index} is not one of {process_count} processes: count them from 0')
   return batch_size // process_count
-
-
-def _batched(rows, count, workers, whole=True):
-  """Elements -> batches; of bytes where processes make them, which hand over a quarter of the memory then."""
-  return rows.batch(count, drop_remainder=whole, batch_fn=None if workers else _stacked)
 
 
 def _stacked(elements):
@@ -114,12 +109,12 @@ class Batches:
   drawn, skipped: how many images this process has asked for, and how many of them were unreadable and replaced.
   """
 
-  def __init__(self, batches, source, local, size, enlarge, workers):
+  def __init__(self, rows, source, local, size, enlarge, workers, whole=True):
     self.drawn = 0
     self.skipped = 0
     self._first_bad = None
     self._source, self._size, self._enlarge = source, size, enlarge
-    self._iterator = iter(_parallel(batches, local * size[0] * size[1] * 3 * 4, workers))
+    self._iterator = iter(_parallel(rows, local, whole, local * size[0] * size[1] * 3 * 4, workers))
 
   def __iter__(self):
     return self
@@ -162,16 +157,21 @@ class Batches:
     return 'which can be read now: check the storage'
 
 
-def _parallel(batches, batch_bytes, workers):
-  """Grain iterator dataset that makes batches ahead, in order: in `workers` processes, or in threads for 0."""
+def _parallel(rows, count, whole, batch_bytes, workers):
+  """Grain iterator dataset that makes batches ahead, in order: in `workers` processes, or in threads for 0.
+
+  Processes hand over bytes, a quarter of the memory. whole: leaves out a last batch with fewer rows.
+  """
   if workers:
     # A worker makes one batch after the other and keeps two ready; batches are dealt to the workers in turn.
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain asks absl for its options; outside of a command nobody has parsed any
     spread = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    batches = rows.batch(count, drop_remainder=whole)
     return batches.to_iter_dataset(read).mp_prefetch(spread, worker_init_fn=_start_worker).map(_floats)
   threads = max(2, min(os.cpu_count() or 1, BYTES_IN_FLIGHT // batch_bytes))
+  batches = rows.batch(count, drop_remainder=whole, batch_fn=_stacked)
   return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
 
 
