@@ -26,14 +26,26 @@ run() {
   echo "${line% }" >&3
 }
 
-# read_training ARGUMENT...: sets `workdir` to that of a training, or to nothing; refuses what no training can do with.
+# one_word FLAG=VALUE, positive FLAG=VALUE: print the value when it is one.
+one_word() {
+  [[ ${1#*=} =~ ^[a-zA-Z0-9_.][a-zA-Z0-9_.:,@%+/-]*$ ]] || error "$(printf %q "$1") is not one word: use letters, digits and ._:,@%+/-"
+  echo "${1#*=}"
+}
+
+positive() {
+  [[ ${1#*=} =~ ^[1-9][0-9]{0,4}$ ]] || error "$1 is not a whole number of 1 or more: write one, such as ${1%%=*}=8"
+  echo "${1#*=}"
+}
+
+# read_training ARGUMENT...: sets `workdir` to that of a training, or to nothing, and `config` to its file; refuses what
+# no training can do with.
 # shellcheck disable=SC2034  # who calls it reads the workdir
 read_training() {
-  local argument config=''
-  workdir=''
+  local argument
+  config='' workdir=''
   for argument; do
     case $argument in
-      --config=?*) config=$argument ;;
+      --config=?*) config=${argument#*=} config=${config%%:*} ;;
       --workdir=?*) workdir=${argument#*=} ;;
       --distributed*) error "$argument is set by this script: leave it out" ;;
     esac

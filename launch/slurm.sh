@@ -25,9 +25,16 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 
-positive() {
-  [[ ${1#*=} =~ ^[1-9][0-9]{0,4}$ ]] || error "$1 is not a whole number of 1 or more: write one, such as ${1%%=*}=8"
-  echo "${1#*=}"
+# seconds LIMIT: of a time limit as sbatch takes it (minutes, H:M:S, days-H and so on); 0 for one without end.
+seconds() {
+  local days=0 hours=0 minutes=0 rest=0 clock=${1#*-}
+  IFS=: read -r hours minutes rest <<< "$clock"
+  if [ "$1" != "$clock" ]; then
+    days=${1%%-*}
+  elif [ -z "$rest" ]; then  # minutes, or minutes:seconds
+    rest=$minutes minutes=$hours hours=0
+  fi
+  echo $((86400 * 10#$days + 3600 * 10#$hours + 60 * 10#${minutes:-0} + 10#${rest:-0}))
 }
 
 nodes='' gpus='' cpus=8 time=24:00:00 grace=120 name=var_jax dry_run='' options=()
@@ -39,9 +46,10 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     --cpus=*) cpus=$(positive "$1") ;;
     --grace=*) grace=$(positive "$1") ;;
     --time=*) time=${1#*=}
-      [[ $time =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || error "$1 is no time limit: write it as --time=24:00:00" ;;
-    --name=?*) name=${1#*=} ;;
-    --partition=?*|--account=?*|--qos=?*) options+=("$1") ;;
+      [[ $time =~ ^([0-9]{1,5}-)?[0-9]{1,5}(:[0-9]{1,5}){0,2}$ ]] ||
+        error "$1 is no time limit: write it as --time=24:00:00" ;;
+    --name=?*) name=$(one_word "$1") ;;
+    --partition=?*|--account=?*|--qos=?*) options+=("${1%%=*}=$(one_word "$1")") ;;
     --dry_run) dry_run=1 ;;
     *) error "there is no flag $1, or its value is missing: see \`bash launch/slurm.sh --help\`; the arguments of" \
          'training stand after --' ;;
@@ -49,10 +57,13 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   shift
 done
 [ -n "$nodes" ] && [ -n "$gpus" ] || error '--nodes or --gpus is missing: give both'
+[ "$(seconds "$time")" -gt "$grace" ] || [ "$(seconds "$time")" = 0 ] ||
+  error "--time=$time leaves no more than the $grace s that saving has: write a longer one, or a smaller --grace"
 [ $# -gt 1 ] || error 'the arguments of training are missing: write -- --config=FILE.py:STAGE --workdir=DIR'
 shift
 read_training "$@"
 [ -n "$workdir" ] || error 'the workdir is missing: write --workdir=DIR after --, on storage that all nodes see'
+[ -f "$config" ] || error "there is no experiment $config in $PWD: see experiments/, or check the path"
 [[ $workdir != *://* ]] || error "--workdir=$workdir is no path: give one on storage that all nodes see"
 
 # Quoted for sh, which runs the batch script.
@@ -77,6 +88,8 @@ case \$status in
 esac
 exit \$status"
 
+[ -n "$dry_run" ] || command -v sbatch > /dev/null ||
+  error 'there is no sbatch here: run this on a login node of Slurm, or with --dry_run to see what it would do'
 run install_var_jax '.[cuda,tfds]'
 run mkdir -p "$workdir"
 run sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \

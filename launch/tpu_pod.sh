@@ -49,16 +49,17 @@ read_flags() {
     case $flag in
       --help|-h) show_help launch/tpu_pod.sh ;;
       --name=?*) name=$value ;;
-      --zone=?*) zone=$value ;;
-      --type=?*) type=$value ;;
-      --version=?*) version=$value ;;
-      --project=?*) project=$value ;;
+      --zone=?*) zone=$(one_word "$flag") ;;
+      --type=?*) type=$(one_word "$flag") ;;
+      --version=?*) version=$(one_word "$flag") ;;
+      --project=?*) project=$(one_word "$flag") ;;
       --spot) spot=1 ;;
       --queued) queued=1 ;;
       --mount=*) mount=$value
         [[ $mount =~ ^[a-z0-9._-]+:/[a-zA-Z0-9._/-]+$ ]] || error "$flag is no bucket and path: write BUCKET:/DIR" ;;
-      --restarts=*) restarts=$(whole_number "$flag") ;;
-      --poll=*) poll=$(whole_number "$flag") ;;
+      --restarts=*) restarts=$value
+        [[ $restarts =~ ^[0-9]{1,5}$ ]] || error "$flag is not a whole number: write one, such as --restarts=100" ;;
+      --poll=*) poll=$(positive "$flag") ;;
       --dry_run) dry_run=1 ;;
       *) error "there is no flag $flag, or its value is missing: see \`bash launch/tpu_pod.sh --help\`; the arguments" \
            'of training stand after --' ;;
@@ -77,13 +78,9 @@ read_flags() {
   training=${training//\'/\'\\\'\'}
 }
 
-whole_number() {
-  [[ ${1#*=} =~ ^[0-9]{1,6}$ ]] || error "$1 is not a whole number: write one, such as ${1%%=*}=30"
-  echo "${1#*=}"
-}
-
 runtime_version() {
   case $type in
+    *-0*|*-) error "--type=$type ends in no number of chips or cores: write one such as v5litepod-16" ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
@@ -93,8 +90,11 @@ runtime_version() {
 }
 
 check_training() {
-  local workdir
+  local workdir config
   read_training "$@"
+  commit=$(git rev-parse --verify --quiet HEAD) || error "$PWD is no git checkout: clone the repository, run it there"
+  [[ $config = /* ]] || git cat-file -e "$commit:$config" 2> /dev/null ||
+    error "there is no experiment $config in the last commit, which is what the workers get: check the path, commit it"
   case $workdir in
     *://*) error "--workdir=$workdir is no path: mount the bucket with --mount=BUCKET:/DIR, write --workdir=/DIR/..." ;;
     /*) ;;
@@ -326,7 +326,8 @@ watch() {
 
 main() {
   read_flags "$@"
-  commit=$(git rev-parse --verify --quiet HEAD) || error "$PWD is no git checkout: clone the repository, run it there"
+  [ -n "$dry_run" ] || command -v gcloud > /dev/null ||
+    error 'there is no gcloud here: install it and log in, or use --dry_run to see what would be run'
   trap 'note "stopped; training goes on: run this again to follow it, or delete $name"; exit 130' INT
   starts=0
   local status

@@ -17,7 +17,7 @@ from tiny_runs import ROOT
 
 SCRIPTS = sorted(ROOT.glob('launch/*.sh'))
 TRAIN = ['--config=experiments/digits.py:tokenizer', '--workdir=/mnt/runs/w']
-POD = ['--name=pod', '--zone=z', '--type=v5litepod-16', '--poll=0']
+POD = ['--name=pod', '--zone=z', '--type=v5litepod-16', '--poll=2']
 JOB = ['--nodes=4', '--gpus=8']
 STRANGE = "--config.freeze=it's,*/$HOME"  # has to arrive as it is
 
@@ -75,6 +75,8 @@ class Place:
       path.mkdir(parents=True)
     shutil.copytree(ROOT / 'launch', self.repository / 'launch')
     shutil.copy(ROOT / 'setup.py', self.repository)
+    (self.repository / 'experiments').mkdir()
+    shutil.copy(ROOT / 'experiments/digits.py', self.repository / 'experiments')
     (self.repository / '.gitignore').write_text('.cache/\n.venv/\n')
     self.environment = os.environ | {
         'PATH': f'{commands}:{os.environ["PATH"]}', 'FAKE': str(self.fake), 'PYTHON': sys.executable}
@@ -360,11 +362,16 @@ BAD = {
     'tpu_pod': [
         ['--nme=pod'], ['--name=pod'], [*POD[:2], '--type=v9-8', '--', *TRAIN], [*POD, '--name=P_d', '--', *TRAIN],
         POD, [*POD, '--'], [*POD, '--poll=soon', '--', *TRAIN], [*POD, '--mount=bucket', '--', *TRAIN],
+        [*POD, '--poll=0', '--', *TRAIN], [*POD, '--zone=a b', '--', *TRAIN], [*POD, '--project=a\nb', '--', *TRAIN],
+        [*POD, '--type=v5litepod-0', '--', *TRAIN], [*POD, '--', '--config=experiments/digit.py:tokenizer', TRAIN[1]],
         [*POD, '--', TRAIN[0]], [*POD, '--', TRAIN[1]], [*POD, '--', TRAIN[0], '--workdir=gs://bucket/w'],
         [*POD, '--', TRAIN[0], '--workdir=runs/w'], [*POD, '--', *TRAIN, '--distributed=auto']],
     'slurm': [
         ['--node=4'], ['--nodes=4', '--', *TRAIN], [*JOB, '--nodes=0', '--', *TRAIN], JOB, [*JOB, '--'],
         [*JOB, '--time=long', '--', *TRAIN], [*JOB, '--', TRAIN[0]], [*JOB, '--', TRAIN[1]],
+        [*JOB, '--partition=a b', '--', *TRAIN], [*JOB, '--name=a\nb', '--', *TRAIN],
+        [*JOB, '--', '--config=experiments/digit.py:tokenizer', TRAIN[1]],
+        *([*JOB, f'--time={limit}', '--grace=120', '--', *TRAIN] for limit in ('2', '0:30', '0:1:59', '0-0:2')),
         [*JOB, '--', TRAIN[0], '--workdir=gs://bucket/w'], [*JOB, '--', *TRAIN, '--distributed=auto']]}
 
 
@@ -372,8 +379,24 @@ BAD = {
 def test_bad_flags_are_refused(place, script):
   """In one line that says what to do, before anything is run."""
   for flags in BAD[script]:
-    assert refused(place.run('bash', f'launch/{script}.sh', *flags))
+    assert refused(place.run('bash', f'launch/{script}.sh', *flags)), flags
   assert not place.calls('gcloud') and not place.calls('sbatch')
+
+
+def test_job_without_slurm_is_refused(place):
+  """Before .venv is made, which takes minutes."""
+  (place.fake.parent / 'bin/sbatch').unlink()
+  assert refused(job(place)) and not (place.repository / '.venv').exists()
+  assert job(place, '--dry_run', '--time=0').returncode == 0  # 0: without end
+
+
+def test_pod_gets_what_is_committed(place):
+  """A config that is only here would be missing on every worker."""
+  shutil.copy(ROOT / 'experiments/digits.py', place.repository / 'experiments/mine.py')
+  train = ['--config=experiments/mine.py:tokenizer', TRAIN[1]]
+  assert refused(place.pod(train=train)) and not place.calls('gcloud')
+  place.commit()
+  assert place.pod(train=train).returncode == 0
 
 
 @pytest.mark.parametrize('script', ['tpu_pod', 'slurm'])
