@@ -63,6 +63,8 @@ def main(arguments):
   if not rows:
     raise UserError(f'--only={options.only} is in no row: they are {", ".join(ROWS)}')
   path = pathlib.Path(options.out)
+  if path.is_dir():
+    raise UserError(f'--out={path} is a folder: name a file in it, such as {path}/benchmark.json')
   old, found = read(options.against), read(path if path.exists() else None)
   output.make_folder(path.parent)
   if options.plot:

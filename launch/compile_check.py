@@ -63,15 +63,16 @@ def main(arguments):
   parser.add_argument('--fit', action='store_true', help='more and more config.accumulate, until the step fits')
   parser.add_argument('--json', action='store_true', help='one line of JSON in place of the table')
   options, overrides = parser.parse_known_args(arguments)
+  flags.in_range('--per_device', options.per_device, 1)
   config = flags.read_config(options.config, overrides)
   check_numbers(config)
   if options.platform == 'cuda':
     lowered = program(config, options, jax.devices()[:1])[0].lower(lowering_platforms=('cuda',))
     print(f'lowered for cuda: {len(lowered.as_text().splitlines())} lines of StableHLO')
     return 0
-  kind = options.topology.partition(':')[0]
-  if kind not in CHIPS:
-    raise UserError(f'--topology={options.topology}: the chip must be one of {", ".join(CHIPS)}, as in v5e:4x4')
+  kind, _, shape = options.topology.partition(':')
+  if kind not in CHIPS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', shape):
+    raise UserError(f'--topology={options.topology} is none: give one of {", ".join(CHIPS)} and a shape, as in v5e:4x4')
   for config.accumulate in accumulations(config, options):
     found = check(config, options, CHIPS[kind])
     if found['fits']:

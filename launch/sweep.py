@@ -2,7 +2,8 @@
 
 Each point is a workdir in --workdir, named after its settings; settings given here hold for all of them. What is
 finished is skipped, so that the same command goes on after an interruption. --emit prints commands for other machines
-in place of running them; --table only compares what is there. Exit status 1 when a point failed.
+in place of running them; --table only compares what is there. Exit status 1 when a point failed or none has the
+metric.
 """
 
 import contextlib
@@ -52,11 +53,14 @@ def main(arguments):
   parser.add_argument('--table', action='store_true', help='only compare what is there')
   parser.add_argument('--emit', choices=sorted(EMITTERS), help='print what trains the points that are not finished')
   parser.add_argument('--image', metavar='NAME', help='for --emit=kubernetes: a container with var_jax installed')
-  parser.add_argument('--volume', metavar='CLAIM:PATH', help='for --emit=kubernetes: where --workdir is')
+  parser.add_argument('--volume', metavar='CLAIM:/PATH', help='for --emit=kubernetes: a volume that has --workdir')
   options, overrides = parser.parse_known_args(arguments)
   flags.in_range('--jobs', options.jobs, 1)
-  if options.emit == 'kubernetes' and not (options.image and ':' in (options.volume or '')):
-    raise UserError('--emit=kubernetes needs a container and a volume: add --image=NAME --volume=CLAIM:PATH')
+  folder = pathlib.Path(options.workdir)
+  if options.emit == 'kubernetes':
+    check_volume(options)
+  if options.table and not folder.is_dir():
+    raise UserError(f'there is no --workdir={folder} to compare: leave out --table to train, or check the path')
   points, stage = points_of(options.config, options.workdir, overrides)
   waiting = [point for point in points if not point.finished]
   if not waiting:
@@ -66,11 +70,20 @@ def main(arguments):
     return 0
   statuses, stop = ([], None) if options.table else run(waiting, options.jobs)
   metric = options.metric or {'generator': 'validation/loss', 'tokenizer': '-validation/psnr'}[stage]
-  compare(pathlib.Path(options.workdir), points, metric)
+  compared = compare(folder, points, metric)
   if stop:
     note('stopped; the same command goes on from there')
     return 128 + stop
-  return 1 if any(statuses) else 0
+  return 1 if any(statuses) or not compared else 0
+
+
+def check_volume(options):
+  """Raises UserError when Kubernetes' pods would lack what they need, or would write where nothing is kept."""
+  claim, _, path = (options.volume or '').partition(':')
+  if not (options.image and claim and path.startswith('/')):
+    raise UserError('--emit=kubernetes needs a container and a volume: add --image=NAME --volume=CLAIM:/PATH')
+  if not pathlib.Path(options.workdir).is_relative_to(path):
+    raise UserError(f'--workdir={options.workdir} is outside of the volume, and would be lost: write {path}/...')
 
 
 def points_of(config, workdir, overrides):
@@ -165,13 +178,15 @@ def _ended(point, status):
 
 
 def compare(folder, points, metric):
-  """Prints a table of the points, the best first, and writes `sweep.csv` and `sweep.png`."""
+  """Prints a table of the points, the best first, and writes `sweep.csv` and `sweep.png`. False when there is none."""
   name, sign = metric.removeprefix('-'), -1 if metric.startswith('-') else 1
-  series = {point.workdir.name: metrics.read(point.workdir / 'metrics.jsonl').get(name, []) for point in points}
+  scalars = {point.workdir.name: metrics.read(point.workdir / 'metrics.jsonl') for point in points}
+  series = {point: found.get(name, []) for point, found in scalars.items()}
   measured = sorted((p for p in points if series[p.workdir.name]), key=lambda p: sign * series[p.workdir.name][-1][1])
   if not measured:
-    note(f'no point has a {name} yet')
-    return
+    others = sorted({scalar for found in scalars.values() for scalar in found})
+    note(f'no point has a {name}' + (f': choose a --metric of {", ".join(others)}' if others else ' yet'))
+    return False
   settings = list({setting: None for point in points for setting in point.settings})
   header = ['point', *settings, name, 'step', 'finished']
   rows = [[p.workdir.name, *(p.settings.get(s, '') for s in settings), series[p.workdir.name][-1][1],
@@ -184,6 +199,7 @@ def compare(folder, points, metric):
     print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
   note(f'{folder}/sweep.csv, {folder}/sweep.png: {len(measured)} of {len(points)} points have a {name}')
   _plot(folder / 'sweep.png', {p.workdir.name: series[p.workdir.name] for p in measured}, name)
+  return True
 
 
 def _plot(path, series, name):

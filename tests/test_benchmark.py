@@ -49,7 +49,7 @@ def test_rows_are_kept_and_compared(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize('arguments, word', [
     (['--only=nothing'], 'is in no row'), (['--repeats=0'], '--repeats'), (['--against=no.json'], 'cannot read'),
-    (['--plot=x.svg'], 'ends in .png')])
+    (['--plot=x.svg'], 'ends in .png'), (['--plot=/proc/none/x.png'], '--plot'), (['--out=.'], 'is a folder')])
 def test_nonsense_is_refused(tmp_path, arguments, word):
   with pytest.raises(UserError, match=word):
     benchmark.main([f'--out={tmp_path}/x.json', *arguments])

@@ -87,6 +87,8 @@ def test_points_are_trained_and_compared(place):
   assert '3 of 3 points have a validation/loss' in errors
   status, out, _ = sweep(place, 'configs.grid({"seed": (1, 2, 3)})', {}, '--table', '--metric=-validation/loss')
   assert status == 0 and [line.split()[0] for line in out.splitlines()[1:]] == ['seed=1', 'seed=3', 'seed=2']
+  status, _, errors = sweep(place, 'configs.grid({"seed": (1, 2, 3)})', {}, '--table', '--metric=psnr')
+  assert status == 1 and 'choose a --metric of validation/loss' in errors
 
 
 def test_failed_point_does_not_stop_the_others_and_is_tried_again(place):
@@ -134,13 +136,15 @@ def test_emitted_commands_train_the_points(place):
   subprocess.run(['bash', '-c', f'srun() {{ "$@"; }}\n{script}'], cwd=place, check=True,
                  env={'SLURM_ARRAY_TASK_ID': '0', 'PATH': '/usr/bin:/bin'})
   assert calls(place) == ['1', '2'] and (place / 'runs/seed=2/finished').exists()
-  _, out, errors = sweep(place, points, {}, '--emit=kubernetes', '--image=i', '--volume=claim:/runs')
+  _, out, errors = sweep(place, points, {}, '--emit=kubernetes', '--image=i', f'--volume=claim:{place}',
+                         f'--workdir={place}/runs')
   assert not out.strip() and 'all 2 points are finished' in errors
 
 
 def test_emitted_jobs_are_what_kubernetes_takes(place):
   """A pod that is taken away comes again, bad input ends its job, and the volume is where it was said."""
-  _, out, _ = sweep(place, 'configs.grid({"seed": (1, 2)})', {}, '--emit=kubernetes', '--image=i', '--volume=c:/runs')
+  _, out, _ = sweep(place, 'configs.grid({"seed": (1, 2)})', {}, '--emit=kubernetes', '--image=i', '--volume=c:/runs',
+                    '--workdir=/runs/sweep')
   jobs = json.loads(out)['items']
   assert [job['metadata']['name'] for job in jobs] == ['sweep-0', 'sweep-1']
   pod = jobs[1]['spec']['template']['spec']
@@ -156,7 +160,8 @@ def test_emitted_jobs_are_what_kubernetes_takes(place):
     ('[{"seed": 1}, {"seed": 1}]', (), 'two of one name'),
     ('[{"sede": 1}]', (), 'no such setting'), ('[{"seed": "x"}]', (), 'seed'),
     ('[{"seed": 1}]', ('--jobs=0',), 'out of range'), ('[{"seed": 1}]', ('--emit=kubernetes',), '--volume'),
-    ('[{"seed": 1}]', ('--config.nothing=1',), 'no such setting')])
+    ('[{"seed": 1}]', ('--emit=kubernetes', '--image=i', '--volume=c:/runs'), 'outside of the volume'),
+    ('[{"seed": 1}]', ('--table',), 'no --workdir'), ('[{"seed": 1}]', ('--config.nothing=1',), 'no such setting')])
 def test_bad_sweeps_are_refused(place, points, flags, words):
   """In one line, before anything is trained."""
   status, out, errors = sweep(place, points, {}, *flags)
