@@ -152,10 +152,12 @@ def empty(folder):
     path.rmdir() if path.is_dir() else path.unlink()
 
 
-DAMAGES = [truncate, flip_values, remove('manifest.ocdbt'), remove('_METADATA'), remove('d/*'), empty]
-NAMES = ['truncated', 'spoiled', 'without_manifest', 'without_metadata', 'without_data', 'empty']
+DAMAGES = [truncate, flip_values, remove('manifest.ocdbt'), remove('_METADATA'), remove('_CHECKPOINT_METADATA'),
+           remove('d/*'), empty]
+NAMES = ['truncated', 'spoiled', 'without_manifest', 'without_metadata', 'without_checksums', 'without_data', 'empty']
 
 
+@pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')  # tracebacks of threads, for users
 @pytest.mark.parametrize('damage', DAMAGES, ids=NAMES)
 def test_unreadable_checkpoint_is_passed_over_and_said(tmp_path, damage):
   saved(tmp_path, 2, 4)

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import logging
 import pathlib
+import sys
 import warnings
 
 import jax
@@ -38,18 +39,31 @@ def _check_shapes(stored, wanted):
                        f'{wanted.get(name, "unknown")} in config.json')
 
 
+def _check_files(folder, items):
+  """Raises ValueError that names a missing file: orbax would do without our checksums, or be noisy, or misleading."""
+  of_items = [f'{item}/{file}' for item in items for file in ('_METADATA', 'manifest.ocdbt')]
+  for name in ('_CHECKPOINT_METADATA', *of_items):
+    if not (folder / name).is_file():
+      raise ValueError(f'its {name} is missing')
+
+
 @contextlib.contextmanager
 def _no_logs():
-  """Silences orbax and absl, whose notes about asynchronous internals would drown our own."""
+  """Silences orbax and absl, whose notes about asynchronous internals would drown our own.
+
+  So would tensorstore's: after an error its threads still call the event loop that orbax has closed by then.
+  """
   loggers = [logging.getLogger(name) for name in ('absl', 'orbax', 'asyncio')]
-  levels = [logger.level for logger in loggers]
+  levels, hook = [logger.level for logger in loggers], sys.unraisablehook
   try:
+    sys.unraisablehook = lambda late: 'loop is closed' in str(late.exc_value) or hook(late)
     for logger in loggers:
       logger.setLevel(logging.CRITICAL)
     yield
   finally:
     for logger, level in zip(loggers, levels):
       logger.setLevel(level)
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
@@ -190,6 +204,7 @@ class Checkpoints:
     for step in reversed(steps):
       try:
         with _quiet():
+          _check_files(self.folder / str(step), wanted)
           shapes, sums, metadata = self._stored(step)
           _check_shapes(shapes, wanted['model'])
           items = self._orbax.load_checkpointables(step, wanted)
