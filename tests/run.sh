@@ -8,4 +8,5 @@ cd "$(dirname "$0")/.."
 install_var_jax '.[test]'
 export JAX_PLATFORMS=cpu
 [ $# -gt 0 ] || set -- -m 'not slow'
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# In the files' order, which ends in short ones: by the number of tests, one process would be left alone with the longest.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

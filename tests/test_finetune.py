@@ -31,7 +31,7 @@ def params_of(workdir):
 
 @pytest.mark.parametrize('stage, frozen, untouched', [
     ('generator', 'word_embed/*,blocks/attention/*', ['word_embed', 'blocks.attention']),
-    ('tokenizer', 'encoder/*,quant*', ['encoder', 'quantizer', 'quant_conv'])])
+    pytest.param('tokenizer', 'encoder/*,quant*', ['encoder', 'quantizer', 'quant_conv'], marks=pytest.mark.slow)])
 def test_frozen_parts_stay_and_the_rest_is_trained(trained, tmp_path, stage, frozen, untouched):
   start = trained[1 + (stage == 'generator')]
   assert train(trained, stage, tmp_path / 'w', f'--config.start_from={start}', f'--config.freeze={frozen}') == 0

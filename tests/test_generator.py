@@ -1,5 +1,6 @@
 """Transformer, sampling and editing against the published implementation, and their invariants."""
 
+import functools
 import re
 
 import golden_files
@@ -22,13 +23,26 @@ from var_jax.training import mesh as mesh_lib
 MODELS = ['var', 'var_shared_adaln', 'var_scaled_dot']
 
 
-def sample(name, labels, choices, given=None, seed=0):
-  generator, generator_params = published_models.generator(name)
-  tokenizer, tokenizer_params = published_models.tokenizer()
-  params = {'generator': generator_params, 'tokenizer': tokenizer_params}
+LIKELY = Choices(top_k=20, top_p=0.9)
+GREEDY = Choices(top_k=1, top_p=0.0)
+
+
+def sample(labels, choices=LIKELY, *, cfg=1.5, name='var', given=None, seed=0):
+  """cfg: None leaves out the pass without class. Many share a program, since one takes seconds to compile."""
   keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(labels)))
-  return jax.jit(lambda p, l, k, g: sampling.sample(generator, tokenizer, p, l, k, choices, g))(
-      params, jnp.asarray(labels), keys, given)
+  params = {'generator': published_models.generator(name)[1], 'tokenizer': published_models.tokenizer()[1]}
+  return sampler(name)(params, jnp.asarray(labels), keys, choices, cfg, given)
+
+
+@functools.cache
+def sampler(name):
+  generator, tokenizer = published_models.generator(name)[0], published_models.tokenizer()[0]
+
+  def draw(params, labels, keys, choices, cfg, given):
+    choices = choices._replace(cfg=0 if cfg is None else cfg)
+    return sampling.sample(generator, tokenizer, params, labels, keys, choices, given)
+
+  return jax.jit(draw, static_argnums=3)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -41,7 +55,7 @@ def test_teacher_forced_logits_match_published_implementation(name):
 @pytest.mark.parametrize('name', MODELS)
 def test_guided_greedy_sampling_matches_published_implementation(name):
   golden = golden_files.load(name)
-  out = sample(name, golden['labels'], Choices(cfg=1.5, top_k=1, top_p=0.0))
+  out = sample(golden['labels'], GREEDY, name=name)
   np.testing.assert_array_equal(out.tokens_BxL, published_models.tokens(golden, 'greedy_tokens'))
   for k, logits in enumerate(out.guided_logits):
     assert_close(logits, golden[f'guided_logits_{k}'])
@@ -53,7 +67,7 @@ def test_greedy_editing_matches_published_implementation(task):
   golden = {key.split('/')[1]: value for key, value in golden_files.load('edit').items() if key.startswith(task)}
   given = published_models.tokens(golden_files.load('vae'))
   keep = jnp.broadcast_to(golden['keep_mask'], (2, 4, 4))
-  out = sample('var', golden['labels'], Choices(cfg=3.0, top_k=1, top_p=0.0), (given, keep))
+  out = sample(golden['labels'], GREEDY, cfg=3.0, given=(given, keep))
   for k, drawn in enumerate(out.drawn_tokens):
     np.testing.assert_array_equal(drawn, golden[f'predicted_tokens_{k}'])
   assert_close((out.image_BxHxWx3 + 1) / 2, nhwc(golden['image']))
@@ -72,12 +86,12 @@ def test_filters_match_published_implementation():
 def test_cached_sampling_equals_teacher_forcing(name):
   model, params = published_models.generator(name)
   tokenizer, tokenizer_params = published_models.tokenizer()
-  labels = jnp.array([3, 7])
-  out = sample(name, labels, Choices(cfg=0.0, top_k=0, top_p=0.0))
+  labels = jnp.array([3, 5, 7, 9])
+  out = sample(labels, cfg=None, name=name)
   teacher = tokenizer.apply({'params': tokenizer_params}, out.tokens_BxL, method='teacher_input')
   logits = jax.jit(model.apply)({'params': params}, labels, teacher)
   assert_close(jnp.concatenate(out.guided_logits, axis=1), logits, rtol=1e-5)
-  with_both_halves = sample(name, labels, Choices(cfg=jnp.float32(0), top_k=0, top_p=0.0))
+  with_both_halves = sample(labels, cfg=0.0, name=name)
   np.testing.assert_array_equal(with_both_halves.tokens_BxL, out.tokens_BxL)
 
 
@@ -99,10 +113,9 @@ def test_later_scales_have_no_gradient():
 
 
 def test_same_seed_gives_same_tokens_whatever_the_batch():
-  choices = Choices(cfg=1.5, top_k=20, top_p=0.9)
-  four = sample('var', [3, 5, 7, 9], choices, seed=1).tokens_BxL
-  np.testing.assert_array_equal(four[:1], sample('var', [3], choices, seed=1).tokens_BxL)
-  assert not np.array_equal(four, sample('var', [3, 5, 7, 9], choices, seed=2).tokens_BxL)
+  four = sample([3, 5, 7, 9], seed=1).tokens_BxL
+  np.testing.assert_array_equal(four[:1], sample([3], seed=1).tokens_BxL)
+  assert not np.array_equal(four, sample([3, 5, 7, 9], seed=2).tokens_BxL)
 
 
 def test_no_scale_copies_the_cache():
@@ -122,7 +135,7 @@ def test_no_scale_copies_the_cache():
 
 
 def test_smooth_sampling_mixes_codes():
-  sharp, smooth = (sample('var', [3, 5], Choices(smooth=s)) for s in (False, True))
+  sharp, smooth = (sample([3, 5, 7, 9], LIKELY._replace(smooth=s)) for s in (False, True))
   assert np.all(np.isfinite(smooth.image_BxHxWx3))
   tokenizer, params = published_models.tokenizer()
   decode = jax.jit(lambda tokens: tokenizer.apply({'params': params}, tokens, method='decode'))
