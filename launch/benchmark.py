@@ -4,7 +4,8 @@ python launch/benchmark.py --out=runs/benchmark.json            # all rows, with
 python launch/benchmark.py --out=runs/new.json --only="sample d16" --against=runs/benchmark.json
 A row: median seconds of a call, images/s, FLOP/s that the model needs (formulas in var_jax/flops.py, no masked pair
 counted), their share of a float32 product of 2048x2048 matrices measured around the row, memory and compile time.
-Rows of input: images/s of the pipeline, and their share of what Pillow alone makes of the same files.
+Rows of input: images/s of the pipeline, and their share of what Pillow alone makes of the same files. Rows of training:
+images/s of the loop with its input, and the share of its time that its compiled step alone does not take.
 Parameters are random: nothing has to be trained. --profile=DIR leaves a trace of one call of each row, --plot=X.png
 shows the time of a sample against resolution and batch.
 """
@@ -19,6 +20,8 @@ import time
 from typing import Any, NamedTuple
 
 import benchmark_input
+import benchmark_loop
+import benchmark_show
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,9 +80,10 @@ def main(arguments):
       made = functools.partial(measured, made, trace=options.profile and f'{options.profile}/{name}')
     found[name] = made(options.repeats)
     output.save_text(path, json.dumps(found, indent=1) + '\n')
-  print(table({name: found[name] for name in rows}, old))
+  print(benchmark_show.table({name: found[name] for name in rows}, old))
   if options.plot:
-    plot(found, options.plot)
+    tokens = {size: sum(side**2 for side in scales) for size, scales in SCALES.items()}
+    benchmark_show.plot(found, options.plot, tokens)
 
 
 def read(path):
@@ -225,6 +229,17 @@ def tokenizer_step(batch, file=SMALL):
   return step(TokenizerStage(config, tokenizer, 1000), batch, images_of(tokenizer, batch))
 
 
+def generator_loop(repeats):
+  config, generator, tokenizer, params = generator_of(DIGITS, 0)
+  stage = lambda config, steps: GeneratorStage(config, generator, tokenizer, params['tokenizer'], '', steps)
+  return benchmark_loop.rates(stage, config, repeats)
+
+
+def tokenizer_loop(repeats):
+  config, tokenizer, _ = tokenizer_of(DIGITS)
+  return benchmark_loop.rates(lambda config, steps: TokenizerStage(config, tokenizer, steps), config, repeats)
+
+
 ROWS = {
     'encode, batch 4': lambda: encode(4),
     'decode, batch 1': lambda: decode(1),
@@ -237,56 +252,11 @@ ROWS = {
     'digits: generator step, batch 64': lambda: generator_step(0, 64, DIGITS),
     'digits: tokenizer step, batch 64': lambda: tokenizer_step(64, DIGITS),
     'digits: sample, batch 64': lambda: sample(0, 64, file=DIGITS),
+    'digits: generator training': lambda: generator_loop,
+    'digits: tokenizer training': lambda: tokenizer_loop,
     'input, 2 threads': lambda: functools.partial(benchmark_input.rates, 0),
     'input, 2 processes': lambda: functools.partial(benchmark_input.rates, 2),
 }
-
-
-def table(found, old):
-  """Markdown: a row for each program."""
-  lines = ['| | images/s | GFLOP/s | of the product | memory | compile |' + (' than before |' if old else ''),
-           '|---|---|---|---|---|---|' + ('---|' if old else '')]
-  for name, row in found.items():
-    if 'share_of_plain' in row:
-      text = f'| {name} | {row["images_per_second"]:.0f} | | {row["share_of_plain"]:.0%} of Pillow\'s | | |'
-      lines.append(text.replace('%', ' %') + (' |' if old else ''))
-      continue
-    memory = (row['arguments_mib'] + row['temporaries_mib'] + row['output_mib']) / 1024
-    line = (f'| {name} | {row["images_per_second"]:.3g} | {row["gflops_per_second"]:.0f} | '
-            f'{row["share_of_product"]:.0%} | {memory:.2f} GiB | {row["compile_seconds"]:.0f} s |')
-    if old:
-      line += f' {old[name]["seconds"] / row["seconds"]:.2f}x |' if name in old else ' |'
-    lines.append(line.replace('%', ' %'))
-  return '\n'.join(lines)
-
-
-def plot(found, path):
-  """Seconds of an image against its side, with its tokens, and against the batch that it is drawn in."""
-  from matplotlib.figure import Figure
-
-  by_size = {128: 'sample d16, batch 1, 128 px', 256: 'sample d16, batch 1', 512: 'sample d16, batch 1, 512 px'}
-  by_batch = {batch: f'sample d16, batch {batch}' for batch in (1, 4, 16)}
-  missing = [name for name in (*by_size.values(), *by_batch.values()) if name not in found]
-  if missing:
-    raise UserError(f'--plot needs rows that --out does not have: {"; ".join(missing)}')
-  seconds = lambda rows: [found[name]['seconds'] for name in rows.values()]
-  tokens = {size: sum(side**2 for side in scales) for size, scales in SCALES.items()}
-  figure = Figure(figsize=(9, 3.5), layout='constrained')
-  left, right = figure.subplots(1, 2)
-  left.loglog(list(by_size), seconds(by_size), 'o-')
-  for size, took in zip(by_size, seconds(by_size)):
-    left.annotate(f'{tokens[size]} tokens, {tokens[size] / took:.0f}/s', (size, took), (4, -12),
-                  textcoords='offset points', fontsize=8)
-  left.set(xlabel='side of the image, px', ylabel='seconds for one image', xlim=(110, 1100))
-  left.set_ylim(min(seconds(by_size)) / 2, max(seconds(by_size)) * 2)
-  left.set_xticks(list(by_size), [str(size) for size in by_size])
-  left.set_yticks(seconds(by_size), [f'{took:.1f}' for took in seconds(by_size)])
-  left.minorticks_off()
-  each = [took / batch for batch, took in zip(by_batch, seconds(by_batch))]
-  right.plot(list(by_batch), each, 'o-')
-  right.set(xlabel='batch', ylabel='seconds an image', ylim=(0, 1.2 * max(each)), xticks=list(by_batch))
-  figure.suptitle('d16 with guidance and decoder, ' + found['sample d16, batch 1']['machine'], fontsize=10)
-  figure.savefig(path, dpi=110)
 
 
 if __name__ == '__main__':

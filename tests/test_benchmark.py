@@ -7,7 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny_runs import ROOT
+from tiny_runs import ROOT, Line, tiny_config
 
 from var_jax.errors import UserError
 
@@ -64,13 +64,20 @@ def test_digits_row_is_the_real_program():
 def test_input_row_compares_with_pillow_alone():
   found = benchmark.benchmark_input.rates(workers=0, repeats=1, count=64, batches=2)
   assert found['share_of_plain'] == found['images_per_second'] / found['plain_images_per_second'] > 0
-  assert ' % of Pillow' in benchmark.table({'input': found}, {})
+  assert ' % of Pillow' in benchmark.benchmark_show.table({'input': found}, {})
+
+
+def test_training_row_compares_the_loop_with_its_step():
+  found = benchmark.benchmark_loop.rates(lambda config, steps: Line(steps), tiny_config('tokenizer'), 1, steps=2)
+  assert found['share_beyond_step'] == 1 - found['step_seconds'] / found['seconds'] < 1
+  assert ' % beyond the step' in benchmark.benchmark_show.table({'training': found}, {})
 
 
 def test_plot_says_which_rows_it_misses(tmp_path):
   rows = ['sample d16, batch 1, 128 px', 'sample d16, batch 1, 512 px', *(f'sample d16, batch {b}' for b in (1, 4, 16))]
   found = {name: {'seconds': 1.0 + i, 'machine': 'one'} for i, name in enumerate(rows)}
-  benchmark.plot(found, tmp_path / 'x.png')
+  plot = lambda found: benchmark.benchmark_show.plot(found, tmp_path / 'x.png', {128: 155, 256: 680, 512: 2240})
+  plot(found)
   assert (tmp_path / 'x.png').stat().st_size > 5000
   with pytest.raises(UserError, match='batch 16'):
-    benchmark.plot({name: found[name] for name in rows[:-1]}, tmp_path / 'x.png')
+    plot({name: found[name] for name in rows[:-1]})
