@@ -15,7 +15,6 @@ import functools
 import json
 import pathlib
 import statistics
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ import numpy as np
 
 from var_jax import flops, progress
 from var_jax import workdir as workdir_lib
-from var_jax.commands import flags, output
+from var_jax.commands import flags, output, script
 from var_jax.errors import UserError
 from var_jax.generator import sampling
 from var_jax.stages.generator import GeneratorStage
@@ -260,7 +259,4 @@ ROWS = {
 
 
 if __name__ == '__main__':
-  try:
-    sys.exit(main(sys.argv[1:]))
-  except UserError as error:
-    sys.exit(print(f'error: {error}', file=sys.stderr) or 2)
+  script.run(main)

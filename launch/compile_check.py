@@ -10,7 +10,6 @@ built for them and no more.
 import json
 import os
 import re
-import sys
 import time
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from jax.experimental import topologies
 
 from var_jax import flops
 from var_jax import workdir as workdir_lib
-from var_jax.commands import flags
+from var_jax.commands import flags, script
 from var_jax.commands.train import check_numbers
 from var_jax.errors import UserError, first_line
 from var_jax.generator import attention, sampling
@@ -195,7 +194,4 @@ def show(found):
 
 
 if __name__ == '__main__':
-  try:
-    sys.exit(main(sys.argv[1:]))
-  except UserError as error:
-    sys.exit(print(f'error: {error}', file=sys.stderr) or 2)
+  script.run(main)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from var_jax import progress
-from var_jax.commands import flags, output
+from var_jax.commands import flags, output, script
 from var_jax.errors import UserError, first_line
 
 SMALL, LARGE = 'experiments/imagenet256.py', 'experiments/imagenet512.py'
@@ -105,7 +105,4 @@ def cell(figures):
 
 
 if __name__ == '__main__':
-  try:
-    sys.exit(main(sys.argv[1:]))
-  except UserError as error:
-    sys.exit(print(f'error: {error}', file=sys.stderr) or 2)
+  script.run(main)

@@ -6,22 +6,20 @@ in place of running them; --table only compares what is there. Exit status 1 whe
 metric.
 """
 
-import contextlib
 import csv
 import importlib.util
 import json
 import pathlib
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from typing import NamedTuple
 
-from var_jax import progress
-from var_jax.commands import flags
+from var_jax import pictures, progress
+from var_jax.commands import flags, script
 from var_jax.errors import UserError, note
-from var_jax.training import metrics
+from var_jax.training import metrics, processes
 
 
 class Point(NamedTuple):
@@ -124,7 +122,7 @@ def run(points, jobs):
   Ctrl-C and SIGTERM are handed on as SIGTERM, so that every point saves before it ends.
   """
   statuses, running, queue = [], [], list(points)
-  with _stop_requests() as stop, progress.bar(title='sweep', unit='point', total=len(points), delay=0) as bar:
+  with processes.stop_requests() as stop, progress.bar(title='sweep', unit='point', total=len(points), delay=0) as bar:
     while running or queue and not stop:
       while queue and len(running) < jobs and not stop:
         running.append((queue[0], _start(queue.pop(0))))
@@ -140,19 +138,6 @@ def run(points, jobs):
           statuses.append(_ended(point, process.returncode))
           bar.update()
   return statuses, stop[0] if stop else None
-
-
-@contextlib.contextmanager
-def _stop_requests():
-  """A list that receives the number of each SIGTERM or SIGINT."""
-  received = []
-  previous = {number: signal.signal(number, lambda number, frame: received.append(number))
-              for number in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield received
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 def _start(point):
@@ -198,23 +183,9 @@ def compare(folder, points, metric):
   for row in cells:
     print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
   note(f'{folder}/sweep.csv, {folder}/sweep.png: {len(measured)} of {len(points)} points have a {name}')
-  _plot(folder / 'sweep.png', {p.workdir.name: series[p.workdir.name] for p in measured}, name)
+  lines = {f'{p.workdir.name}  {series[p.workdir.name][-1][1]:.4g}': series[p.workdir.name] for p in measured}
+  pictures.plot(folder / 'sweep.png', lines, 'step', name)
   return True
-
-
-def _plot(path, series, name):
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(7, 4.5), dpi=120, layout='constrained')
-  ax = figure.subplots()
-  for point, line in series.items():
-    ax.plot(*zip(*line), marker='.', label=f'{point}  {line[-1][1]:.4g}')
-  ax.set_xlabel('step')
-  ax.set_ylabel(name)
-  ax.grid(alpha=0.3)
-  ax.legend(fontsize=7)
-  FigureCanvasAgg(figure).print_png(str(path))
 
 
 def _shell(points, options):
@@ -258,7 +229,4 @@ EMITTERS = {'shell': _shell, 'slurm': _slurm, 'kubernetes': _kubernetes}
 
 
 if __name__ == '__main__':
-  try:
-    sys.exit(main(sys.argv[1:]))
-  except UserError as error:
-    sys.exit(print(f'error: {error}', file=sys.stderr) or 2)
+  script.run(main)

@@ -1,11 +1,9 @@
 """`python -m var_jax VERB`, the same as `var-jax VERB`: one file in `commands/` for each verb."""
 
-import errno
 import importlib
-import os
-import signal
 import sys
 
+from var_jax.commands import script
 from var_jax.errors import UserError
 
 VERBS = {
@@ -29,47 +27,22 @@ example: var-jax train --config=experiments/digits.py:tokenizer --workdir=runs/d
 
 def main(arguments=None):
   """Runs one command. Exit status 0, 2 for bad input, 130 and 143 after Ctrl-C and SIGTERM."""
-  arguments = sys.argv[1:] if arguments is None else arguments
+  return script.status(_run, sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments):
   verb = arguments[0] if arguments else None
   if verb in ('--help', '-h', 'help'):
     print(USAGE % '\n'.join(f'  {name:12} {text}' for name, text in VERBS.items()))
     return 0
-  try:
-    if verb not in VERBS:
-      raise UserError(f'{f"there is no verb {verb!r}" if verb else "a verb is missing"}: use one of {", ".join(VERBS)}')
-    return importlib.import_module(f'var_jax.commands.{verb}').main(arguments[1:]) or 0
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except MemoryError:
-    print('error: that is more than fits into memory: ask for fewer or smaller images at a time', file=sys.stderr)
-    return 2
-  except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
-    os._exit(0)
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-      raise
-    print(f'error: {error}: free some space and run the same command again', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('stopped', file=sys.stderr)
-    return 130
+  if verb not in VERBS:
+    raise UserError(f'{f"there is no verb {verb!r}" if verb else "a verb is missing"}: use one of {", ".join(VERBS)}')
+  return importlib.import_module(f'var_jax.commands.{verb}').main(arguments[1:])
 
 
 def entry():
-  """The console script: `main`, and an exit that Ctrl-C can ask for at any moment."""
-
-  def stop(number, frame):
-    # Not by an exception: imports and compiling threads would swallow it, or crash while Python shuts down.
-    os.write(2, b'stopped\n')
-    os._exit(130)
-
-  signal.signal(signal.SIGINT, stop)
-  status = main()
-  if status == 130:
-    sys.stdout.flush()
-    os._exit(status)
-  sys.exit(status)
+  """The console script."""
+  script.run(_run)
 
 
 if __name__ == '__main__':

@@ -28,6 +28,23 @@ def save(path, image_HxWx3):
   Image.fromarray(image_HxWx3).save(path)
 
 
+def plot(path, lines, x, y):
+  """Writes a picture. lines: {label: [(x, y), ...]}, '' for the label of one alone; x, y: what the axes show."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(7, 4.5), dpi=120, layout='constrained')
+  ax = figure.subplots()
+  for label, line in lines.items():
+    ax.plot(*zip(*line), marker='.', label=label)
+  if any(lines):
+    ax.legend(fontsize=7)
+  ax.set_xlabel(x)
+  ax.set_ylabel(y)
+  ax.grid(alpha=0.3)
+  FigureCanvasAgg(figure).print_png(str(path))
+
+
 def scales_figure(images_NxHxWx3, tokens_NxL, scales_NxKxHxWx3, pyramid):
   """What every scale adds, as one (height, width, 3) picture: the image, its token maps, the picture after each scale.
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+from var_jax import pictures
 from var_jax.errors import UserError
 
 LOWER_IS_BETTER = ('fid', 'classifier_frechet_distance')
@@ -47,19 +48,8 @@ def table(points, rows):
 
 def plot(path, points, rows):
   """A picture of the figure over the first axis, a line for each combination of the others."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure, (first, *others) = Figure(figsize=(6, 4), dpi=120, layout='constrained'), points[0]
-  ax, name, lines = figure.subplots(), figure_of(rows), {}
+  (first, *others), name, lines = points[0], figure_of(rows), {}
   for row in rows:
-    lines.setdefault(tuple(row[other] for other in others), []).append((row[first], row[name]))
-  for values, line in lines.items():
-    label = ', '.join(f'{other} {value:g}' for other, value in zip(others, values))
-    ax.plot(*zip(*sorted(line)), marker='o', label=label or None)
-  if others:
-    ax.legend(fontsize=8)
-  ax.set_xlabel(first)
-  ax.set_ylabel(name.replace('_', ' '))
-  ax.grid(alpha=0.3)
-  FigureCanvasAgg(figure).print_png(str(path))
+    label = ', '.join(f'{other} {row[other]:g}' for other in others)
+    lines.setdefault(label, []).append((row[first], row[name]))
+  pictures.plot(path, {label: sorted(line) for label, line in lines.items()}, first, name.replace('_', ' '))

@@ -4,7 +4,6 @@ The order is an invariant: evaluate, save, take the next batch, step. Metrics of
 has been dispatched, so that the device does not wait for Python.
 """
 
-import contextlib
 import math
 import signal
 
@@ -28,24 +27,6 @@ class Interrupted(Exception):
     self.signal_number = signal_number
 
 
-@contextlib.contextmanager
-def _stop_requests():
-  """A list that receives the number of each SIGTERM or SIGINT; a second Ctrl-C stops at once."""
-  received = []
-
-  def note(number, frame):
-    if received and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    received.append(number)
-
-  previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield received
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
-
-
 def train(stage, config, source, validation, checkpoints, workdir, *, say=note, measure=None, keep=None):
   """Trains a stage to its last step, resuming from the newest checkpoint. Returns the final state.
 
@@ -56,7 +37,7 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
   `max_skipped_in_row` steps without finite gradients, Interrupted after SIGTERM or Ctrl-C.
   """
   mesh = mesh_lib.make_mesh(**config.mesh)
-  with jax.set_mesh(mesh), _stop_requests() as stop:
+  with jax.set_mesh(mesh), processes.stop_requests() as stop:
     state = _first_state(stage, checkpoints, mesh)
     start = int(state.step)
     if start:

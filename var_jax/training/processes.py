@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -71,6 +72,24 @@ def together():
             f'({line})')
     traceback.print_exc()
     os._exit(1)
+
+
+@contextlib.contextmanager
+def stop_requests():
+  """A list that receives the number of each SIGTERM or SIGINT; a second Ctrl-C stops at once."""
+  received = []
+
+  def note(number, frame):
+    if received and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    received.append(number)
+
+  previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
 
 
 def is_loss(error):

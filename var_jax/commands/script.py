@@ -1,0 +1,46 @@
+"""How every command ends: bad input as one line, Ctrl-C at any moment, and the exit status."""
+
+import errno
+import os
+import signal
+import sys
+
+from var_jax.errors import UserError
+
+
+def status(main, arguments):
+  """The exit status of main(arguments): 0 for None, 2 for bad input, 130 after Ctrl-C."""
+  try:
+    return main(arguments) or 0
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except MemoryError:
+    print('error: that is more than fits into memory: ask for fewer or smaller images at a time', file=sys.stderr)
+    return 2
+  except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+    os._exit(0)
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    print(f'error: {error}: free some space and run the same command again', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('stopped', file=sys.stderr)
+    return 130
+
+
+def run(main):
+  """Ends the process with `status` of main(the command line), or at once when Ctrl-C asks for it."""
+
+  def stop(number, frame):
+    # Not by an exception: imports and compiling threads would swallow it, or crash while Python shuts down.
+    os.write(2, b'stopped\n')
+    os._exit(130)
+
+  signal.signal(signal.SIGINT, stop)
+  code = status(main, sys.argv[1:])
+  if code == 130:
+    sys.stdout.flush()
+    os._exit(code)
+  sys.exit(code)
