@@ -10,6 +10,10 @@ Parameters are random: nothing has to be trained. --profile=DIR leaves a trace o
 shows the time of a sample against resolution and batch.
 """
 
+if __name__ == '__main__':
+  from var_jax.commands import script
+  script.with_huge_pages()
+
 import contextlib
 import functools
 import json

@@ -1,6 +1,8 @@
 """The commands as a person types them: train both stages, sample, reconstruct; and `var_jax.load` says the same."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from tiny_runs import ROOT, SHORT, train_both
 import var_jax
 from var_jax import workdir as workdir_lib
 from var_jax.__main__ import VERBS, main
-from var_jax.commands import flags
+from var_jax.commands import flags, script
 from var_jax.errors import UserError
 
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
@@ -264,3 +266,17 @@ def test_experiment_begins_with_its_commands(file):
   text = file.read_text()
   for stage in ('tokenizer', 'generator'):
     assert f'python -m var_jax train --config=experiments/{file.name}:{stage}' in text.split('"""')[1]
+
+
+def test_commands_begin_anew_with_huge_pages_once(monkeypatch):
+  """With the same arguments; who has set glibc's tunables is left alone."""
+  begun = []
+  monkeypatch.setattr(os, 'execv', lambda *call: begun.append(call))
+  monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'var_jax', 'sample', '--num=1'])
+  monkeypatch.setattr(sys, 'platform', 'linux')
+  monkeypatch.setenv('GLIBC_TUNABLES', 'restored afterwards')
+  monkeypatch.delenv('GLIBC_TUNABLES')
+  for _ in range(2):
+    script.with_huge_pages()
+  assert begun == [(sys.executable, [sys.executable, '-m', 'var_jax', 'sample', '--num=1'])]
+  assert os.environ['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1'

@@ -42,6 +42,7 @@ def _run(arguments):
 
 def entry():
   """The console script."""
+  script.with_huge_pages()
   script.run(_run)
 
 
