@@ -234,7 +234,8 @@ def tokenizer_step(batch, file=SMALL):
 
 def generator_loop(repeats):
   config, generator, tokenizer, params = generator_of(DIGITS, 0)
-  stage = lambda config, steps: GeneratorStage(config, generator, tokenizer, params['tokenizer'], '', steps)
+  encoder = lambda: jax.tree.map(jnp.copy, params['tokenizer'])  # it is donated
+  stage = lambda config, steps: GeneratorStage(config, generator, tokenizer, encoder(), '', steps)
   return benchmark_loop.rates(stage, config, repeats)
 
 

@@ -18,20 +18,19 @@ STEPS = 40  # of a stretch that is timed
 def rates(stage_of, config, repeats, steps=STEPS):
   """{name: number}: images/s of the training loop on the digits, and the share of its time beyond that of its step.
 
-  stage_of: (config, number of steps) -> a stage. The step alone is timed before and after, on one batch that is there;
-  of all stretches the medians count. Nothing is evaluated or saved meanwhile.
+  stage_of: (config, number of steps) -> a stage, whose arrays may be used up. The step alone is timed before and after,
+  on one batch that is there; of all stretches the medians count. Nothing is evaluated or saved meanwhile.
   """
   config = config.copy_and_resolve_references().unlock()
   config.update(log_every=steps, eval_every=0, pictures_every=0, checkpoint_every=0)
-  stage = stage_of(config, (repeats + 1) * steps)
-  source = open_source('digits')
-  alone = seconds_alone(stage, config, source, repeats, steps)
+  stage, source = lambda: stage_of(config, (repeats + 1) * steps), open_source('digits')
+  alone = seconds_alone(stage(), config, source, repeats, steps)
   with tempfile.TemporaryDirectory() as folder:
     with Checkpoints(folder, say=lambda text: None) as checkpoints:
-      loop.train(stage, config, source, source, checkpoints, folder, say=lambda text: None)
+      loop.train(stage(), config, source, source, checkpoints, folder, say=lambda text: None)
     series = metrics.read(checkpoints.folder.parent / 'metrics.jsonl')['train/steps_per_second']
   taken = [1 / rate for _, rate in series[1:]]  # the first one has the compiler's time
-  alone += seconds_alone(stage, config, source, repeats, steps)
+  alone += seconds_alone(stage(), config, source, repeats, steps)
   whole, step = statistics.median(taken), statistics.median(alone)
   return {'seconds': whole, 'images_per_second': config.batch_size / whole, 'step_seconds': step,
           'share_beyond_step': 1 - step / whole}
