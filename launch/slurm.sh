@@ -57,7 +57,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   shift
 done
 [ -n "$nodes" ] && [ -n "$gpus" ] || error '--nodes or --gpus is missing: give both'
-[ "$(seconds "$time")" -gt "$grace" ] || [ "$(seconds "$time")" = 0 ] ||
+limit=$(seconds "$time")
+[ "$limit" -gt "$grace" ] || [ "$limit" = 0 ] ||
   error "--time=$time leaves no more than the $grace s that saving has: write a longer one, or a smaller --grace"
 [ $# -gt 1 ] || error 'the arguments of training are missing: write -- --config=FILE.py:STAGE --workdir=DIR'
 shift

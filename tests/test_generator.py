@@ -115,6 +115,7 @@ def test_later_scales_have_no_gradient():
 def test_same_seed_gives_same_tokens_whatever_the_batch():
   four = sample([3, 5, 7, 9], seed=1).tokens_BxL
   np.testing.assert_array_equal(four[:1], sample([3], seed=1).tokens_BxL)
+  np.testing.assert_array_equal(four[:3], sample([3, 5, 7], seed=1).tokens_BxL)
   assert not np.array_equal(four, sample([3, 5, 7, 9], seed=2).tokens_BxL)
 
 
