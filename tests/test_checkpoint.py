@@ -1,5 +1,6 @@
 """Checkpoints: every bit comes back, damaged ones are passed over and replaced."""
 
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -152,9 +153,15 @@ def empty(folder):
     path.rmdir() if path.is_dir() else path.unlink()
 
 
+def replace_by_file(folder):
+  shutil.rmtree(folder)
+  folder.write_text('mine')
+
+
 DAMAGES = [truncate, flip_values, remove('manifest.ocdbt'), remove('_METADATA'), remove('_CHECKPOINT_METADATA'),
-           remove('d/*'), empty]
-NAMES = ['truncated', 'spoiled', 'without_manifest', 'without_metadata', 'without_checksums', 'without_data', 'empty']
+           remove('d/*'), empty, replace_by_file]
+NAMES = ['truncated', 'spoiled', 'without_manifest', 'without_metadata', 'without_checksums', 'without_data', 'empty',
+         'file']
 
 
 @pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')  # tracebacks of threads, for users
@@ -164,8 +171,7 @@ def test_unreadable_checkpoint_is_passed_over_and_said(tmp_path, damage):
   damage(tmp_path / 'checkpoints' / '4')
   state, metadata, said = restored(tmp_path)
   assert differing(state, small_state(2)) == [] and metadata['tokenizer'] == 'name2'
-  if damage is not empty:
-    assert 'checkpoint 4' in said[0] and 'cannot be read' in said[0] and 'using checkpoint 2' in said[1]
+  assert 'checkpoint 4' in said[0] and 'cannot be read' in said[0] and 'using checkpoint 2' in said[1]
   assert all('\n' not in line for line in said)
   with Checkpoints(tmp_path, say=said.append) as checkpoints:
     params, step, _ = checkpoints.restore_model(small_state().params, one_device())

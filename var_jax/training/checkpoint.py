@@ -108,9 +108,8 @@ class Checkpoints:
     self._silence.__exit__(None, None, None)
 
   def steps(self):
-    """Steps with a complete checkpoint, oldest first."""
-    with _quiet():
-      return sorted(c.step for c in self._orbax.checkpoints)
+    """Steps of what has a checkpoint's final name, oldest first: orbax's list leaves out what was spoiled, unsaid."""
+    return sorted(int(path.name) for path in self.folder.glob('*') if path.name.isdecimal())
 
   def save(self, state, metadata):
     """Saves the state under its step, unless that is there already; returns once the state may be changed.
