@@ -62,7 +62,7 @@ def test_digits_row_is_the_real_program():
 
 
 def test_input_row_compares_with_pillow_alone():
-  found = benchmark.benchmark_input.rates(workers=0, repeats=1, count=64, batches=2)
+  found = benchmark.benchmark_input.rates(workers=0, repeats=1, count=128, batches=2)
   assert found['share_of_plain'] == found['images_per_second'] / found['plain_images_per_second'] > 0
   assert ' % of Pillow' in benchmark.benchmark_show.table({'input': found}, {})
 

@@ -140,6 +140,16 @@ def test_fit_is_lanczos_to_an_eighth_more_then_a_crop():
   assert len({fit(image, (16, 16), rng=np.random.default_rng(seed)).tobytes() for seed in range(20)}) > 10
 
 
+def test_crop_resized_alone_is_that_of_the_whole_image():
+  for seed in range(200):
+    image, rng = noise(*np.random.default_rng(seed).integers(8, 300, 2), 3), np.random.default_rng(seed)
+    h, w = images._covering(image.shape[:2], (72, 54))
+    whole = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS))
+    y, x = rng.integers(h - 63), rng.integers(w - 47)
+    crop = fit(image, (64, 48), rng=np.random.default_rng(seed))
+    np.testing.assert_array_equal(crop, whole[y:y + 64, x:x + 48])
+
+
 def test_fit_covers_any_shape_and_leaves_exact_ones_alone():
   for shape in ((3, 90), (90, 3), (1, 1), (8, 24), (7, 23)):
     for size in ((8, 24), (24, 8), (16, 16)):

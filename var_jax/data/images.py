@@ -4,6 +4,7 @@ Nothing here reads or changes PIL's global switches: the limits hold whatever el
 """
 
 import io
+import math
 import pathlib
 
 import numpy as np
@@ -83,7 +84,7 @@ def _rgb(image):
   if image.has_transparency_data:
     rgba = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba).convert('RGB')
-  return image.convert('RGB')
+  return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def fit(image, size, *, enlarge=1.125, rng=None, flip=False):
@@ -96,30 +97,57 @@ def fit(image, size, *, enlarge=1.125, rng=None, flip=False):
   if enlarge < 1:
     raise UserError(f'enlarge={enlarge} would make the image smaller than the crop: use 1 or more')
   height, width = size
-  image = _cover(image, (round(enlarge * height), round(enlarge * width)))
-  spare_y, spare_x = image.shape[0] - height, image.shape[1] - width
+  cover = _covering(image.shape[:2], (round(enlarge * height), round(enlarge * width)))
+  spare_y, spare_x = cover[0] - height, cover[1] - width
   if rng is None:
     y, x = round(spare_y / 2), round(spare_x / 2)
   else:
     y, x = rng.integers(spare_y + 1), rng.integers(spare_x + 1)
-  image = image[y:y + height, x:x + width]
+  image = _resized_crop(image, cover, (y, x), size)
   if flip and rng is not None and rng.random() < 0.5:
     image = image[:, ::-1]
   return image
 
 
-def _cover(image, size):
-  """Lanczos-resizes (H, W, 3) so that one edge equals that of size and the other is at least as long (rounded down)."""
-  (old_h, old_w), (h, w) = image.shape[:2], size
+def _covering(old, size):
+  """(h, w) of the image of this aspect of which one edge equals that of size, the other is as long (rounded down)."""
+  (old_h, old_w), (h, w) = old, size
   if h * old_w >= w * old_h:
     w = old_w * h // old_h
   else:
     h = old_h * w // old_w
-  if (h, w) == (old_h, old_w):
-    return image
-  if h * w > MAX_PIXELS:
+  if (h, w) != (old_h, old_w) and h * w > MAX_PIXELS:
     raise UnreadableImage(f'an image of {old_w}x{old_h} is too narrow to be enlarged to {w}x{h}: crop or remove it')
-  return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS))
+  return h, w
+
+
+def _resized_crop(image, new, corner, size):
+  """The crop of `size` at `corner` of the image resized by Lanczos to `new` = (h, w); little else of that is made."""
+  old, (y, x), (height, width) = image.shape[:2], corner, size
+  if new == old:
+    return image[y:y + height, x:x + width]
+  top, bottom = _exact_edges(old[0], new[0], y, y + height)
+  left, right = _exact_edges(old[1], new[1], x, x + width)
+  if _columns_first(old, (bottom - top, right - left)) != _columns_first(old, new):
+    (top, left), (bottom, right) = (0, 0), new
+  box = (left * old[1] / new[1], top * old[0] / new[0], right * old[1] / new[1], bottom * old[0] / new[0])
+  part = Image.fromarray(image).resize((right - left, bottom - top), Image.Resampling.LANCZOS, box)
+  return np.asarray(part)[y - top:y - top + height, x - left:x - left + width]
+
+
+def _exact_edges(old, new, start, stop):
+  """The closest (start, stop) around those of `new` pixels that lie at a binary fraction of the `old` ones.
+
+  PIL takes edges in float32; at others some pixels would differ by one from those of the whole image.
+  """
+  step = new // math.gcd(old, new)
+  step //= step & -step
+  return start // step * step, -(-stop // step) * step
+
+
+def _columns_first(old, new):
+  """Whether Pillow 13 resizes columns before rows, as none did before: pixels clipped in between depend on it."""
+  return old[0] - new[0] > max(0, 2 * (old[1] - new[1]))
 
 
 def to_float(image, out=None):
