@@ -108,8 +108,9 @@ class Checkpoints:
     self._silence.__exit__(None, None, None)
 
   def steps(self):
-    """Steps of what has a checkpoint's final name, oldest first: orbax's list leaves out what was spoiled, unsaid."""
-    return sorted(int(path.name) for path in self.folder.glob('*') if path.name.isdecimal())
+    """Steps with a complete checkpoint, oldest first."""
+    with _quiet():
+      return sorted(c.step for c in self._orbax.checkpoints)
 
   def save(self, state, metadata):
     """Saves the state under its step, unless that is there already; returns once the state may be changed.
@@ -199,7 +200,8 @@ class Checkpoints:
                       'leave --raw out') from error
 
   def _newest_readable(self, wanted):
-    steps, reasons = self.steps(), []
+    # Of orbax's own list, spoiled ones are left out unsaid, such as an empty folder.
+    steps, reasons = sorted(int(path.name) for path in self.folder.glob('*') if path.name.isdecimal()), []
     for step in reversed(steps):
       try:
         with _quiet():
