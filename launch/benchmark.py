@@ -67,7 +67,7 @@ def main(arguments):
   flags.in_range('--repeats', options.repeats, 1)
   rows = [options.only] if options.only in ROWS else [name for name in ROWS if (options.only or '') in name]
   if not rows:
-    raise UserError(f'--only={options.only} is in no row: they are {", ".join(ROWS)}')
+    raise UserError(f'--only={options.only} is in no row: they are {"; ".join(ROWS)}')
   path = pathlib.Path(options.out)
   if path.is_dir():
     raise UserError(f'--out={path} is a folder: name a file in it, such as {path}/benchmark.json')
@@ -77,6 +77,8 @@ def main(arguments):
     if not options.plot.endswith('.png'):
       raise UserError(f'--plot={options.plot}: the picture is a PNG, give a name that ends in .png')
     output.make_folder(pathlib.Path(options.plot).parent, '--plot')
+  if options.profile:
+    output.make_folder(pathlib.Path(options.profile), '--profile')
   for name in progress.bar(rows, title='benchmark', unit='row'):
     made = ROWS[name]()
     if isinstance(made, Program):
@@ -92,7 +94,10 @@ def main(arguments):
 def read(path):
   """{row: figures} of an earlier run; {} without a path."""
   try:
-    return json.loads(pathlib.Path(path).read_text()) if path else {}
+    found = json.loads(pathlib.Path(path).read_text()) if path else {}
+    if not isinstance(found, dict) or not all(isinstance(row, dict) for row in found.values()):
+      raise ValueError('no rows of figures')
+    return found
   except (OSError, ValueError) as error:
     raise UserError(f'cannot read {path} ({error}): give the --out of an earlier run') from error
 

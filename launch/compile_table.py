@@ -40,7 +40,7 @@ def programs():
 def main(arguments):
   parser = flags.Parser('launch/compile_table.py', __doc__, 'python launch/compile_table.py --results=runs/pods.jsonl')
   parser.add_argument('--results', required=True, metavar='FILE.jsonl', help='one line for each program')
-  parser.add_argument('--only', metavar='TEXT', help='leave out programs whose row and pod do not have it')
+  parser.add_argument('--only', metavar='TEXT', help='compile none whose row and pod do not have it')
   parser.add_argument('--show', action='store_true', help='compile nothing')
   options = parser.parse_args(arguments)
   path = pathlib.Path(options.results)
@@ -74,6 +74,8 @@ def read(path):
       key = figures['row'], figures['topology']
       if figures['program'] == 'sample' or f'--config.accumulate={figures["accumulate"]}' in programs().get(key, []):
         found[key] = figures
+  if lines and not found:
+    raise UserError(f'--results={path} has no results of this table: give a file of an earlier run, or a new one')
   return found
 
 

@@ -101,6 +101,9 @@ def points_of(config, workdir, overrides):
     raise UserError(f'sweep() in {file} fails with {type(error).__name__}: {error}: mend it') from error
   if not named or len(named) < len(listed):
     raise UserError(f'sweep() in {file} lists no points, or two of one name: name them: {{"slow": {{"seed": 1}}}}')
+  swept = {f'config.{setting}' for settings in named.values() for setting in settings}
+  if fixed := swept & set(flags.given(overrides)):
+    raise UserError(f'--{fixed.pop()} is what sweep() in {file} varies: leave it out, or change sweep()')
   points = []
   for name, settings in named.items():
     own = [*overrides, *(f'--config.{setting}={value}' for setting, value in settings.items())]

@@ -313,6 +313,18 @@ def test_spoiled_config_is_refused(text, verb, at, refused):
   assert snapshot(workdir) == before and not at.out.exists()
 
 
+@pytest.mark.parametrize('what', ['config.json', 'metrics.jsonl', 'checkpoints', 'tensorboard'])
+def test_file_in_place_of_a_folder_and_the_reverse_are_refused(what, at, refused):
+  path = at.copy(at.tok) / what
+  if path.is_dir():
+    shutil.rmtree(path)
+    path.write_text('mine')
+  else:
+    path.unlink()
+    path.mkdir()
+  refused(what, 'train', f'--config={at.exp}:tokenizer', f'--workdir={path.parent}', '--config.steps=6', notes='')
+
+
 def test_workdir_that_is_a_file_is_refused(at, refused):
   (at.tmp / 'file').write_text('mine')
   refused('file', 'train', f'--config={at.exp}:tokenizer', f'--workdir={at.tmp / "file"}')

@@ -49,10 +49,13 @@ def test_rows_are_kept_and_compared(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize('arguments, word', [
     (['--only=nothing'], 'is in no row'), (['--repeats=0'], '--repeats'), (['--against=no.json'], 'cannot read'),
-    (['--plot=x.svg'], 'ends in .png'), (['--plot=/proc/none/x.png'], '--plot'), (['--out=.'], 'is a folder')])
+    (['--plot=x.svg'], 'ends in .png'), (['--plot=/proc/none/x.png'], '--plot'), (['--out=.'], 'is a folder'),
+    (['--profile=setup.py'], '--profile'), (['--against=experiments/pods.jsonl'], 'cannot read'),
+    (['--against={tmp}/list.json'], 'no rows')])
 def test_nonsense_is_refused(tmp_path, arguments, word):
+  (tmp_path / 'list.json').write_text('[1]')
   with pytest.raises(UserError, match=word):
-    benchmark.main([f'--out={tmp_path}/x.json', *arguments])
+    benchmark.main([f'--out={tmp_path}/x.json', *(argument.replace('{tmp}', str(tmp_path)) for argument in arguments)])
 
 
 def test_digits_row_is_the_real_program():

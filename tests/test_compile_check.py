@@ -220,7 +220,8 @@ def test_table_shows_what_a_file_of_results_has(tmp_path, monkeypatch, capsys):
   row, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| d16: train')]
   assert row.count('%') == 2, row
   (tmp_path / 'bytes.jsonl').write_bytes(bytes(range(256)))
-  for bad in ('bytes.jsonl', '', 'none.jsonl'):
+  (tmp_path / 'other.jsonl').write_text('{"a": 1}\n')
+  for bad in ('bytes.jsonl', '', 'none.jsonl', 'other.jsonl'):
     with pytest.raises(UserError, match='--results'):
       show(tmp_path / bad)
 

@@ -87,6 +87,11 @@ def test_nonsense_finds_no_processes(how):
     join(how, timeout=5)
 
 
+def test_port_in_use_is_told():
+  with socket.create_server(('', 0)) as taken, pytest.raises(UserError, match='choose another'):
+    join(f'127.0.0.1:{taken.getsockname()[1]},2,0', timeout=5)
+
+
 @pytest.fixture(scope='module')
 def alone(trained, tmp_path_factory):
   """The workdir of one process with the eight devices of the tests."""

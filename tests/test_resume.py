@@ -1,5 +1,6 @@
 """Runs that are stopped by a crash, a kill or a signal go on as if never stopped."""
 
+import json
 import os
 import re
 import shutil
@@ -118,6 +119,16 @@ def test_metrics_of_a_lost_stretch_are_dropped(tmp_path):
   train_line(Line(6), tmp_path)
   assert [step for step, _ in run_losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
   assert all(loss != 99 for _, loss in run_losses(tmp_path))
+
+
+def test_numbers_of_a_run_whose_checkpoints_are_gone_are_kept(tmp_path):
+  train_line(Line(6), tmp_path)
+  lines = metrics_of(tmp_path)
+  shutil.rmtree(tmp_path / 'checkpoints')
+  _, said = train_line(Line(2), tmp_path)
+  assert 'beginning at step 0' in said[0]
+  assert [json.loads(line) for line in (tmp_path / 'metrics_before.jsonl').read_text().splitlines()] == lines
+  assert [step for step, _ in run_losses(tmp_path)] == [1, 2]
 
 
 @pytest.fixture

@@ -161,7 +161,8 @@ def test_emitted_jobs_are_what_kubernetes_takes(place):
     ('[{"sede": 1}]', (), 'no such setting'), ('[{"seed": "x"}]', (), 'seed'),
     ('[{"seed": 1}]', ('--jobs=0',), 'out of range'), ('[{"seed": 1}]', ('--emit=kubernetes',), '--volume'),
     ('[{"seed": 1}]', ('--emit=kubernetes', '--image=i', '--volume=c:/runs'), 'outside of the volume'),
-    ('[{"seed": 1}]', ('--table',), 'no --workdir'), ('[{"seed": 1}]', ('--config.nothing=1',), 'no such setting')])
+    ('[{"seed": 1}]', ('--table',), 'no --workdir'), ('[{"seed": 1}]', ('--config.nothing=1',), 'no such setting'),
+    ('[{"seed": 1}, {"seed": 2}]', ('--config.seed=3',), '--config.seed is what')])
 def test_bad_sweeps_are_refused(place, points, flags, words):
   """In one line, before anything is trained."""
   status, out, errors = sweep(place, points, {}, *flags)

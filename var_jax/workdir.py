@@ -54,7 +54,8 @@ def read_config(workdir):
   except (FileNotFoundError, NotADirectoryError):
     raise UserError(f'{workdir} is no workdir, it has no config.json: give the --workdir of a training run') from None
   except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{path} cannot be used ({error}): restore it from a copy') from None
+    why = f'it has no {error}' if isinstance(error, KeyError) else error
+    raise UserError(f'{path} cannot be used ({why}): restore it from a copy') from None
 
 
 def _merged(defaults, settings):

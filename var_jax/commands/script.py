@@ -21,9 +21,13 @@ def status(main, arguments):
   except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
     os._exit(0)
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      print(f'error: {error}: free some space and run the same command again', file=sys.stderr)
+    elif error.filename:
+      print(f'error: cannot use {error.filename} ({error.strerror}): check what is there, or move it away',
+            file=sys.stderr)
+    else:
       raise
-    print(f'error: {error}: free some space and run the same command again', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('stopped', file=sys.stderr)

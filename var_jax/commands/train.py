@@ -59,12 +59,13 @@ def _train(stage, config, sources, workdir, keep_tokenizer, changed):
       note(change)
     keep = functools.partial(workdir_lib.keep_best, workdir, config, stage.metadata)
     try:
-      loop.train(stage, config, *sources, checkpoints, workdir, measure=measure(stage, config, workdir), keep=keep)
+      state = loop.train(
+          stage, config, *sources, checkpoints, workdir, measure=measure(stage, config, workdir), keep=keep)
     except loop.Interrupted as stop:
       note(str(stop))
       return 128 + stop.signal_number
   if processes.is_first():
-    note(f'trained to step {stage.steps}: {workdir}')
+    note(f'trained to step {int(state.step)}: {workdir}')
   return 0
 
 

@@ -83,6 +83,8 @@ class Checkpoints:
 
   def __init__(self, workdir, keep=2, keep_every=0, say=note, clean=False):
     self.folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+    if self.folder.is_file():
+      raise UserError(f'{self.folder} is a file: move it away, or restore the folder of checkpoints')
     self.say = say
     self._unreadable = set()
     self._silence = _no_logs()

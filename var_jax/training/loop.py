@@ -42,6 +42,8 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
     start = int(state.step)
     if start:
       say(f'resuming from step {start} of {stage.steps}')
+    elif metrics_lib.set_aside(workdir):
+      say(f'no checkpoint in {workdir}: beginning at step 0; the metrics so far are now in metrics_before.jsonl')
     writer = metrics_lib.Writer(workdir, start)
     batches = pipeline.train_batches(source, start=start, **_data_options(config, stage, mesh))
     best = _Best(config.best, writer, keep)

@@ -36,7 +36,7 @@ def make_mesh(devices=None, *, data=-1, fsdp=1, tensor=1):
   sizes = dict(data=_slices(devices) if data == 0 else data, fsdp=fsdp, tensor=tensor)
   open_axes, fixed = [name for name in sizes if sizes[name] == -1], math.prod(s for s in sizes.values() if s != -1)
   if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-    raise UserError(f'mesh sizes {sizes} must be 1 or more, and one of them at most -1, for the rest')
+    raise UserError(f'mesh sizes are {sizes}: make them 1 or more, and no more than one of them -1, for the rest')
   if len(devices) % fixed or not open_axes and fixed != len(devices):
     largest = max((name for name in sizes if sizes[name] != -1), key=sizes.get)
     better = f'{largest}={math.gcd(sizes[largest], len(devices))}' if open_axes else 'data=-1'

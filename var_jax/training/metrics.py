@@ -12,6 +12,15 @@ from PIL import Image
 from var_jax.training import processes
 
 
+def set_aside(workdir):
+  """Keeps what a run wrote that now begins anew, in `metrics_before.jsonl`. Whether there was anything."""
+  path = pathlib.Path(workdir) / 'metrics.jsonl'
+  if not processes.is_first() or not any(_step_of(line) > 0 for line in _lines(path)):
+    return False
+  path.replace(path.with_name('metrics_before.jsonl'))
+  return True
+
+
 class Writer:
   """Appends to `WORKDIR/metrics.jsonl` and TensorBoard events. Lines after `step`, of a lost stretch, are dropped.
 
@@ -24,7 +33,7 @@ class Writer:
     if not processes.is_first():
       return
     if self.path.exists():
-      lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+      lines = [line for line in _lines(self.path) if _step_of(line) <= step]
       self.path.write_text(''.join(line + '\n' for line in lines))
     self._events = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / 'tensorboard'), purge_step=step + 1)
 
@@ -66,7 +75,7 @@ class Writer:
 def read(path):
   """{name: [(step, value), ...]} of a metrics.jsonl, without broken lines; empty when there is none."""
   series = {}
-  for line in path.read_text().splitlines() if path.exists() else []:
+  for line in _lines(path):
     if _step_of(line) == math.inf:
       continue
     row = json.loads(line)
@@ -74,6 +83,10 @@ def read(path):
       if name != 'step' and value is not None:
         series.setdefault(name, []).append((row['step'], value))
   return series
+
+
+def _lines(path):
+  return path.read_text(errors='replace').splitlines() if path.exists() else []
 
 
 def _step_of(line):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -33,6 +34,8 @@ def join(how, timeout=300):
         raise ValueError(f'no host and port in {address}')
     except ValueError as error:
       raise _nobody(how, 'that is no address, count and index') from error
+    if given['process_id'] == 0:
+      _check_port(int(port))
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.config.update('jax_cpu_enable_async_dispatch', False)  # nor does gloo tell programs apart that overlap
   # jax would abort the process with pages of its own when the time is over.
@@ -49,6 +52,15 @@ def join(how, timeout=300):
   if jax.default_backend() == 'cpu':
     # A cached program and one that was compiled number their collectives differently: gloo then mixes them up.
     jax.config.update('jax_enable_compilation_cache', False)
+
+
+def _check_port(port):
+  """Raises UserError when the first process could not listen there, for which jax crashes."""
+  try:
+    socket.create_server(('', port)).close()
+  except OSError as error:
+    raise UserError(f'port {port} cannot be had ({error.strerror}): choose another for --distributed, or stop what has '
+                    'it, such as another process of INDEX 0') from None
 
 
 def _nobody(how, why):
