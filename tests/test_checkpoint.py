@@ -1,5 +1,8 @@
 """Checkpoints: every bit comes back, damaged ones are passed over and replaced."""
 
+import asyncio
+import gc
+import logging
 import shutil
 
 import jax
@@ -176,6 +179,27 @@ def test_unreadable_checkpoint_is_passed_over_and_said(tmp_path, damage):
   with Checkpoints(tmp_path, say=said.append) as checkpoints:
     params, step, _ = checkpoints.restore_model(small_state().params, one_device())
   assert step == 2 and differing(params, small_state(2).ema) == []
+
+
+def test_reads_that_fail_later_say_nothing(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(logging.getLogger('asyncio'), 'filters', [])  # what other tests have left
+  async def fail():
+    raise ValueError('as of a file that is gone')
+
+  async def leave_behind():
+    asyncio.create_task(fail())
+    await asyncio.sleep(0)
+
+  asyncio.run(leave_behind())
+  gc.collect()
+  assert 'never retrieved' in caplog.text
+  caplog.clear()
+  saved(tmp_path, 2, 4)
+  truncate(tmp_path / 'checkpoints' / '4')
+  restored(tmp_path)
+  asyncio.run(leave_behind())
+  gc.collect()
+  assert 'never retrieved' not in caplog.text
 
 
 @pytest.mark.parametrize('damage', DAMAGES, ids=NAMES)

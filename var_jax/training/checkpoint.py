@@ -5,7 +5,6 @@ checksum of every array; the data's position is the step itself, since batch n d
 """
 
 import contextlib
-import gc
 import logging
 import pathlib
 import sys
@@ -45,6 +44,11 @@ def _check_files(folder, items):
   for name in ('_CHECKPOINT_METADATA', *of_items):
     if not (folder / name).is_file():
       raise ValueError(f'its {name} is missing')
+
+
+def _no_straggler(record):
+  """A filter for asyncio's log: once one read of a checkpoint has failed, others do, at any time."""
+  return 'never retrieved' not in record.getMessage()
 
 
 @contextlib.contextmanager
@@ -217,8 +221,7 @@ class Checkpoints:
         return items, step, metadata
       except Exception as error:  # whatever a damaged file makes orbax raise
         reasons.append(_cause(error))
-      with _quiet():
-        gc.collect()  # tasks that orbax left behind complain when they are collected
+      logging.getLogger('asyncio').addFilter(_no_straggler)
       self._unreadable.add(step)
       self.say(f'checkpoint {step} in {self.folder} cannot be read ({reasons[-1]})')
     if not steps:
