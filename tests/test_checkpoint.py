@@ -181,6 +181,26 @@ def test_unreadable_checkpoint_is_passed_over_and_said(tmp_path, damage):
   assert step == 2 and differing(params, small_state(2).ema) == []
 
 
+@pytest.mark.parametrize('lost', [
+    TimeoutError('Timeout waiting'), ValueError('at barrier save. The original error raised was: INTERNAL')])
+def test_lost_process_is_not_taken_for_a_damaged_checkpoint_or_a_full_disk(tmp_path, monkeypatch, lost):
+  def lose(*args, **options):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    raise lost
+
+  saved(tmp_path, 2)
+  with Checkpoints(tmp_path) as checkpoints:
+    for name in ('load_checkpointables', 'save_checkpointables_async'):
+      monkeypatch.setattr(checkpoints._orbax, name, lose)
+    with pytest.raises(type(lost)):
+      checkpoints.restore_model(small_state().params, one_device())
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoints._orbax, 'save_checkpointables_async', lose)
+    with pytest.raises(type(lost)):
+      checkpoints.save(small_state(4), {})
+    monkeypatch.undo()
+
+
 def test_reads_that_fail_later_say_nothing(tmp_path, caplog, monkeypatch):
   monkeypatch.setattr(logging.getLogger('asyncio'), 'filters', [])  # what other tests have left
   async def fail():

@@ -220,6 +220,8 @@ class Checkpoints:
           self.say(f'using checkpoint {step} instead')
         return items, step, metadata
       except Exception as error:  # whatever a damaged file makes orbax raise
+        if processes.is_loss(error):
+          raise
         reasons.append(_cause(error))
       logging.getLogger('asyncio').addFilter(_no_straggler)
       self._unreadable.add(step)

@@ -106,8 +106,10 @@ def stop_requests():
 
 def is_loss(error):
   """Whether an error says that another process, or the network between them, is gone."""
-  while error is not None:
-    if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in str(error)):
+  while error is not None and jax.process_count() > 1:
+    # orbax waits for the others at barriers, and hands on what becomes of that as a TimeoutError, or its text alone.
+    words = 'Gloo' in str(error) or 'barrier' in str(error).lower()
+    if words or isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)):
       return True
     error = error.__cause__ or error.__context__
   return False
