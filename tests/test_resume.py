@@ -129,6 +129,9 @@ def test_numbers_of_a_run_whose_checkpoints_are_gone_are_kept(tmp_path):
   assert 'beginning at step 0' in said[0]
   assert [json.loads(line) for line in (tmp_path / 'metrics_before.jsonl').read_text().splitlines()] == lines
   assert [step for step, _ in run_losses(tmp_path)] == [1, 2]
+  shutil.rmtree(tmp_path / 'checkpoints')
+  train_line(Line(2), tmp_path)
+  assert len((tmp_path / 'metrics_before.jsonl').read_text().splitlines()) > len(lines)  # kept again
 
 
 @pytest.fixture

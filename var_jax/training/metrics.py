@@ -13,11 +13,13 @@ from var_jax.training import processes
 
 
 def set_aside(workdir):
-  """Keeps what a run wrote that now begins anew, in `metrics_before.jsonl`. Whether there was anything."""
+  """Adds what a run wrote that now begins anew to `metrics_before.jsonl`. Whether there was anything."""
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   if not processes.is_first() or not any(_step_of(line) > 0 for line in _lines(path)):
     return False
-  path.replace(path.with_name('metrics_before.jsonl'))
+  with path.with_name('metrics_before.jsonl').open('a') as before:
+    before.writelines(line + '\n' for line in _lines(path))
+  path.unlink()
   return True
 
 
