@@ -190,11 +190,13 @@ def test_lost_process_is_not_taken_for_a_damaged_checkpoint_or_a_full_disk(tmp_p
 
   saved(tmp_path, 2)
   with Checkpoints(tmp_path) as checkpoints:
-    for name in ('load_checkpointables', 'save_checkpointables_async'):
+    for name, read in (
+        ('load_checkpointables', lambda: checkpoints.restore_model(small_state().params, one_device())),
+        ('checkpointables_metadata', checkpoints.newest_metadata)):
       monkeypatch.setattr(checkpoints._orbax, name, lose)
-    with pytest.raises(type(lost)):
-      checkpoints.restore_model(small_state().params, one_device())
-    monkeypatch.undo()
+      with pytest.raises(type(lost)):
+        read()
+      monkeypatch.undo()
     monkeypatch.setattr(checkpoints._orbax, 'save_checkpointables_async', lose)
     with pytest.raises(type(lost)):
       checkpoints.save(small_state(4), {})

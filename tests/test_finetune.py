@@ -49,6 +49,7 @@ def names(tree, prefixes=('',)):
 def test_run_begins_with_the_other_runs_parameters_and_goes_on_without_it(trained, tmp_path, capsys):
   start = tmp_path / 'start'
   shutil.copytree(trained[2], start)
+  (tmp_path / 'w' / 'checkpoints' / '1.orbax-checkpoint-tmp').mkdir(parents=True)  # killed during its first save
   options = [f'--config.start_from={start}', '--config.optimizer.peak_lr=1e-30']
   assert train(trained, 'generator', tmp_path / 'w', *options, '--config.steps=1') == 0
   assert not differing(params_of(start), params_of(tmp_path / 'w'))

@@ -4,6 +4,7 @@ import functools
 
 import jax
 
+from var_jax import lineage
 from var_jax import workdir as workdir_lib
 from var_jax.commands import flags
 from var_jax.errors import UserError, note
@@ -57,7 +58,7 @@ def _train(stage, config, sources, workdir, keep_tokenizer, changed):
     keep_tokenizer()
     for change in changed:
       note(change)
-    keep = functools.partial(workdir_lib.keep_best, workdir, config, stage.metadata)
+    keep = functools.partial(lineage.keep_best, workdir, config, stage.metadata)
     try:
       state = loop.train(
           stage, config, *sources, checkpoints, workdir, measure=measure(stage, config, workdir), keep=keep)
@@ -147,11 +148,11 @@ def make_stage(config, workdir, steps):
 
     tokenizer = workdir_lib.make_tokenizer(config)
     _check_frozen(config, lambda: workdir_lib.tokenizer_shapes(tokenizer))
-    initial = workdir_lib.initial_tokenizer(workdir, config, tokenizer)
+    initial = lineage.initial_tokenizer(workdir, config, tokenizer)
     return TokenizerStage(config, tokenizer, steps, initial, _lpips(config.loss)), lambda: None
   from var_jax.stages.generator import GeneratorStage
 
-  place, tokenizer, params = workdir_lib.find_tokenizer(workdir, config.tokenizer)
+  place, tokenizer, params = lineage.find_tokenizer(workdir, config.tokenizer)
   generator = workdir_lib.make_generator(config, tokenizer)
   _check_frozen(config, lambda: workdir_lib.generator_shapes(generator))
   if config.progressive.end and config.progressive.start_scale >= len(generator.pyramid):
@@ -159,11 +160,11 @@ def make_stage(config, workdir, steps):
                     f'{len(generator.pyramid) - 1}: choose a smaller one')
   if config.distill and not config.start_from:
     raise UserError('distill needs a model whose guidance is learned: add --config.start_from=DIR, its workdir')
-  initial = workdir_lib.initial_generator(workdir, config, generator)
-  guide = workdir_lib.find_guide(config, generator, params) if config.distill else None
+  initial = lineage.initial_generator(workdir, config, generator)
+  guide = lineage.find_guide(config, generator, params) if config.distill else None
   stage = GeneratorStage(
       config, generator, tokenizer, params, workdir_lib.fingerprint(params), steps, initial, guide)
-  return stage, lambda: workdir_lib.keep_tokenizer(workdir, place, params)
+  return stage, lambda: lineage.keep_tokenizer(workdir, place, params)
 
 
 def _lpips(loss):

@@ -46,6 +46,11 @@ def _check_files(folder, items):
       raise ValueError(f'its {name} is missing')
 
 
+def steps_on_disk(folder):
+  """The steps that a folder of checkpoints has something under the name of, oldest first; readable or not."""
+  return sorted(int(path.name) for path in pathlib.Path(folder).glob('*') if path.name.isdecimal())
+
+
 def _no_straggler(record):
   """A filter for asyncio's log: once one read of a checkpoint has failed, others do, at any time."""
   return 'never retrieved' not in record.getMessage()
@@ -202,12 +207,14 @@ class Checkpoints:
         checksums.check({'training': params}, self._stored(step)[1])
         return params['params']
     except Exception as error:  # whatever a missing part makes orbax raise
+      if processes.is_loss(error):
+        raise
       raise UserError(f'checkpoint {step} in {self.folder} keeps no raw parameters beside their average: '
                       'leave --raw out') from error
 
   def _newest_readable(self, wanted):
     # Of orbax's own list, spoiled ones are left out unsaid, such as an empty folder.
-    steps, reasons = sorted(int(path.name) for path in self.folder.glob('*') if path.name.isdecimal()), []
+    steps, reasons = steps_on_disk(self.folder), []
     for step in reversed(steps):
       try:
         with _quiet():
@@ -241,10 +248,15 @@ class Checkpoints:
   def newest_metadata(self):
     """The metadata of the newest checkpoint that has some to read, None when there is none."""
     for step in reversed(self.steps()):
-      with contextlib.suppress(Exception), _quiet():  # a damaged one: `restore` says so
-        _, sums, metadata = self._stored(step)
-        if sums or metadata:
-          return metadata
+      try:
+        with _quiet():
+          _, sums, metadata = self._stored(step)
+      except Exception as error:  # a damaged one: `restore` says so
+        if processes.is_loss(error):
+          raise
+        continue
+      if sums or metadata:
+        return metadata
     return None
 
 
