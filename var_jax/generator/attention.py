@@ -119,7 +119,8 @@ def _some_heads_at_a_time(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh):
     cut = lambda x: jax.lax.dynamic_slice(x, start, (1, x.shape[1], heads, Dh)).swapaxes(1, 2)
     q, k, v = cut(q_BxLxHxDh), cut(k_BxMxHxDh), cut(v_BxMxHxDh)
     scores_1xhxLxM = jnp.einsum('bhld,bhmd->bhlm', q, k, preferred_element_type=jnp.float32)
-    weights_1xhxLxM = jnp.exp(scores_1xhxLxM - scores_1xhxLxM.max(-1, keepdims=True))
+    largest_1xhxLx1 = jax.lax.stop_gradient(scores_1xhxLxM.max(-1, keepdims=True))
+    weights_1xhxLxM = jnp.exp(scores_1xhxLxM - largest_1xhxLx1)
     out = jnp.einsum('bhlm,bhmd->bhld', weights_1xhxLxM.astype(v.dtype), v)
     return (out / weights_1xhxLxM.sum(-1, keepdims=True)).astype(v.dtype)[0].swapaxes(0, 1)
 
