@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from var_jax.axes import BATCH, TENSOR, constrain
+from var_jax.axes import BATCH, TENSOR, constrain, one_cpu
 from var_jax.generator.attention import Cache, attend
 from var_jax.pyramid import Pyramid
 from var_jax.remat import rematerialized
@@ -26,6 +26,13 @@ def gathering(*axes):
   XLA would else take the product part by part and read the activations each time: twice the traffic on a TPU.
   """
   return lambda x, kernel, *how, **more: jax.lax.dot_general(x, constrain(kernel, *axes), *how, **more)
+
+
+def _three(x_NxD, kernel_Dx3xD, *how, **more):
+  """`gathering` for queries, keys and values; on a CPU as one matrix, whose gradient needs no transposed copy."""
+  if not one_cpu():
+    return gathering(None, None, TENSOR)(x_NxD, kernel_Dx3xD, *how, **more)
+  return jax.lax.dot(x_NxD, kernel_Dx3xD.reshape(len(kernel_Dx3xD), -1), **more).reshape(-1, *kernel_Dx3xD.shape[1:])
 
 
 WHOLE, COLUMNS, ROWS = gathering(None), gathering(None, TENSOR), gathering(TENSOR)
@@ -84,7 +91,7 @@ class Attention(nn.Module):
     normal = nn.initializers.normal
     # Queries, keys and values have a dimension of their own, so that `tensor` can split each of them by heads.
     qkv = nn.DenseGeneral((3, D), use_bias=False, dtype=self.dtype, kernel_init=normal(self.init_std), name='qkv',
-                         dot_general=gathering(None, None, TENSOR))
+                         dot_general=_three)
     qkv_Nx3xD = qkv(x_BxLxD.reshape(-1, D))
     q_bias, v_bias = (self.param(name, nn.initializers.zeros, (D,), jnp.float32) for name in ('q_bias', 'v_bias'))
     qkv_Nx3xD += jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
