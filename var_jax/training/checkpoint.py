@@ -5,6 +5,7 @@ checksum of every array; the data's position is the step itself, since batch n d
 """
 
 import contextlib
+import functools
 import logging
 import pathlib
 import sys
@@ -32,6 +33,8 @@ def _check_shapes(stored, wanted):
   """Raises ValueError that names a parameter of another shape: orbax would find it only while it reads, and noisily."""
   stored, wanted = ({jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
                      for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]} for tree in (stored, wanted))
+  if not stored:
+    raise ValueError('its list of arrays cannot be read')
   for name in sorted(stored.keys() | wanted.keys()):
     if stored.get(name) != wanted.get(name):
       raise ValueError(f'it holds another model: {name} is {stored.get(name, "missing")} in it, '
@@ -58,21 +61,23 @@ def _no_straggler(record):
 
 @contextlib.contextmanager
 def _no_logs():
-  """Silences orbax and absl, whose notes about asynchronous internals would drown our own.
-
-  So would tensorstore's: after an error its threads still call the event loop that orbax has closed by then.
-  """
+  """Silences orbax and absl, whose notes about asynchronous internals would drown our own."""
   loggers = [logging.getLogger(name) for name in ('absl', 'orbax', 'asyncio')]
-  levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+  levels = [logger.level for logger in loggers]
   try:
-    sys.unraisablehook = lambda late: 'loop is closed' in str(late.exc_value) or hook(late)
     for logger in loggers:
       logger.setLevel(logging.CRITICAL)
     yield
   finally:
     for logger, level in zip(loggers, levels):
       logger.setLevel(level)
-    sys.unraisablehook = hook
+
+
+@functools.cache
+def _no_late_calls():
+  """For good: after an error tensorstore's threads call, at any time, the event loop that orbax has closed by then."""
+  hook = sys.unraisablehook
+  sys.unraisablehook = lambda late: 'loop is closed' in str(late.exc_value) or hook(late)
 
 
 @contextlib.contextmanager
@@ -94,6 +99,7 @@ class Checkpoints:
     self.folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     if self.folder.is_file():
       raise UserError(f'{self.folder} is a file: move it away, or restore the folder of checkpoints')
+    _no_late_calls()
     self.say = say
     self._unreadable = set()
     self._silence = _no_logs()
