@@ -119,6 +119,7 @@ def _some_heads_at_a_time(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh):
     cut = lambda x: jax.lax.dynamic_slice(x, start, (1, x.shape[1], heads, Dh)).swapaxes(1, 2)
     q, k, v = cut(q_BxLxHxDh), cut(k_BxMxHxDh), cut(v_BxMxHxDh)
     scores_1xhxLxM = jnp.einsum('bhld,bhmd->bhlm', q, k, preferred_element_type=jnp.float32)
+    # What comes out does not depend on it: its gradient is zero, and would take two passes over all scores.
     largest_1xhxLx1 = jax.lax.stop_gradient(scores_1xhxLxM.max(-1, keepdims=True))
     weights_1xhxLxM = jnp.exp(scores_1xhxLxM - largest_1xhxLx1)
     out = jnp.einsum('bhlm,bhmd->bhld', weights_1xhxLxM.astype(v.dtype), v)

@@ -28,14 +28,15 @@ def gathering(*axes):
   return lambda x, kernel, *how, **more: jax.lax.dot_general(x, constrain(kernel, *axes), *how, **more)
 
 
-def _three(x_NxD, kernel_Dx3xD, *how, **more):
-  """`gathering` for queries, keys and values; on a CPU as one matrix, whose gradient needs no transposed copy."""
-  if not one_cpu():
-    return gathering(None, None, TENSOR)(x_NxD, kernel_Dx3xD, *how, **more)
-  return jax.lax.dot(x_NxD, kernel_Dx3xD.reshape(len(kernel_Dx3xD), -1), **more).reshape(-1, *kernel_Dx3xD.shape[1:])
-
-
 WHOLE, COLUMNS, ROWS = gathering(None), gathering(None, TENSOR), gathering(TENSOR)
+
+
+def _qkv_product(x_NxD, kernel_Dx3xD, *how, **more):
+  """(N, 3, D): queries, keys and values; trained on a CPU, as one matrix, whose gradient XLA need not transpose."""
+  if not one_cpu() or not isinstance(x_NxD.shape[0], int):  # exported, N may be a symbol, and the device any
+    return gathering(None, None, TENSOR)(x_NxD, kernel_Dx3xD, *how, **more)
+  D = len(kernel_Dx3xD)
+  return WHOLE(x_NxD, kernel_Dx3xD.reshape(D, -1), *how, **more).reshape(-1, 3, D)
 
 
 class Dense(nn.Dense):
@@ -91,7 +92,7 @@ class Attention(nn.Module):
     normal = nn.initializers.normal
     # Queries, keys and values have a dimension of their own, so that `tensor` can split each of them by heads.
     qkv = nn.DenseGeneral((3, D), use_bias=False, dtype=self.dtype, kernel_init=normal(self.init_std), name='qkv',
-                         dot_general=_three)
+                         dot_general=_qkv_product)
     qkv_Nx3xD = qkv(x_BxLxD.reshape(-1, D))
     q_bias, v_bias = (self.param(name, nn.initializers.zeros, (D,), jnp.float32) for name in ('q_bias', 'v_bias'))
     qkv_Nx3xD += jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)

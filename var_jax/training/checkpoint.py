@@ -30,10 +30,10 @@ def _joined(model, rest, frozen):
 
 
 def _check_shapes(stored, wanted):
-  """Raises ValueError that names a parameter of another shape: orbax would find it only while it reads, and noisily."""
+  """Raises ValueError that names a parameter, missing or of another shape: orbax would find it late, and noisily."""
   stored, wanted = ({jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
                      for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]} for tree in (stored, wanted))
-  if not stored:
+  if not stored:  # as orbax has it when it cannot read the list
     raise ValueError('its list of arrays cannot be read')
   for name in sorted(stored.keys() | wanted.keys()):
     if stored.get(name) != wanted.get(name):
@@ -50,8 +50,8 @@ def _check_files(folder, items):
 
 
 def steps_on_disk(folder):
-  """The steps that a folder of checkpoints has something under the name of, oldest first; readable or not."""
-  return sorted(int(path.name) for path in pathlib.Path(folder).glob('*') if path.name.isdecimal())
+  """Steps that something in a folder of checkpoints is named after, oldest first; readable or not."""
+  return sorted(int(path.name) for path in folder.glob('*') if path.name.isdecimal())
 
 
 def _no_straggler(record):
@@ -75,7 +75,7 @@ def _no_logs():
 
 @functools.cache
 def _no_late_calls():
-  """For good: after an error tensorstore's threads call, at any time, the event loop that orbax has closed by then."""
+  """Silences for good what tensorstore's threads do after an error: call a loop that orbax has closed, at any time."""
   hook = sys.unraisablehook
   sys.unraisablehook = lambda late: 'loop is closed' in str(late.exc_value) or hook(late)
 
