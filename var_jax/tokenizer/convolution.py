@@ -34,10 +34,12 @@ def winograd(x_BxHxWxC, kernel_3x3xCxF):
   rows = strip(H, 4 * W * C * x_BxHxWxC.dtype.itemsize)
   kernels_4x4 = [combined(KERNEL, row) for row in combined(KERNEL, kernel_3x3xCxF)]
   x = jnp.pad(x_BxHxWxC, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  one = lambda start: _strip(jax.lax.dynamic_slice_in_dim(x, start, rows + 2, axis=1), kernels_4x4)
-  if rows == H:
-    return one(0)
-  return jnp.moveaxis(jax.lax.map(one, jnp.arange(0, H, rows)), 0, 1).reshape(B, H, W, -1)
+  cut = lambda start: jax.lax.dynamic_slice_in_dim(x, start, rows + 2, axis=1)
+  # The loop carries the strip that it computes next: were it cut where it is read, XLA would look for its place at
+  # each element, and combine one at a time.
+  one = lambda strip, start: (cut(start), _strip(strip, kernels_4x4))
+  _, strips = jax.lax.scan(one, cut(0), jnp.arange(rows, H + rows, rows))  # the last cut is read by nobody
+  return jnp.moveaxis(strips, 0, 1).reshape(B, H, W, -1)
 
 
 def strip(height, row_bytes):
