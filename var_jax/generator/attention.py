@@ -65,7 +65,7 @@ def attend(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, pyramid=None, implementation='xla
     return _splash(q, k, v, pyramid)
   if implementation == 'cudnn':
     return checkpoint_name(_by_ranges(_cudnn, q, k, v, pyramid), ATTENTION)
-  return checkpoint_name(_by_ranges(_xla, q, k, v, pyramid), ATTENTION)
+  return checkpoint_name(_xla(q, k, v, pyramid), ATTENTION)
 
 
 def chosen(implementation, dtype):
@@ -88,45 +88,48 @@ def query_ranges(pyramid):
   return ranges
 
 
-def _by_ranges(core, q, k, v, pyramid):
-  """core(q, k, v, mask=None or (1, 1, L, M) bool) over each range of queries."""
+def _by_ranges(core, q, k, v, pyramid, axis=1):
+  """core(q, k, v, mask=None or (L, M) bool) over each range of queries; tokens lie along the axis."""
   if pyramid is None:
     return core(q, k, v)
-  parts = []
+  parts, cut = [], lambda x, start, end: jax.lax.slice_in_dim(x, start, end, axis=axis)
   for first, start, end in query_ranges(pyramid):
     visible = pyramid.visible_LxL[start:end, first:end]
-    mask = None if visible.all() else jnp.asarray(visible[None, None])
-    parts.append(core(q[:, start:end], k[:, first:end], v[:, first:end], mask=mask))
-  return jnp.concatenate(parts, axis=1)
+    mask = None if visible.all() else jnp.asarray(visible)
+    parts.append(core(cut(q, start, end), cut(k, first, end), cut(v, first, end), mask=mask))
+  return jnp.concatenate(parts, axis=axis)
 
 
-def _xla(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, mask=None):
-  (B, L, H, _), M = q_BxLxHxDh.shape, k_BxMxHxDh.shape[1]
-  if axes.one_cpu() and mask is None and isinstance(B, int) and 4 * B * H * L * M > CPU_CACHE:
-    return _some_heads_at_a_time(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh)
+def _xla(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, pyramid):
   # Heads first: the products over (L, M) are then plain batched ones, four times as fast on a CPU.
-  return _softmax(*(x.swapaxes(1, 2) for x in (q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh)), mask).swapaxes(1, 2)
+  q, k, v = (x.swapaxes(1, 2) for x in (q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh))
+  if axes.one_cpu() and isinstance(q.shape[0], int):  # exported, it may be a symbol, and the device any
+    return _some_heads_at_a_time(q, k, v, pyramid).swapaxes(1, 2)
+  return _by_ranges(_softmax, q, k, v, pyramid, axis=2).swapaxes(1, 2)
 
 
-def _some_heads_at_a_time(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh):
-  """Of one image, as many as a CPU's cache holds weights of; the backward pass computes the weights once more."""
-  (B, L, H, Dh), M = q_BxLxHxDh.shape, k_BxMxHxDh.shape[1]
-  heads = max(n for n in range(1, H + 1) if H % n == 0 and (n == 1 or 16 * n * L * M <= CPU_CACHE))
+def _some_heads_at_a_time(q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, pyramid):
+  """(B, H, L, Dh). As many heads as a CPU's cache holds weights of; the backward pass computes them once more."""
+  (B, H, L, _), M = q_BxHxLxDh.shape, k_BxHxMxDh.shape[2]
+  pairs = [(end - start) * (end - first) for first, start, end in query_ranges(pyramid)] if pyramid else [L * M]
+  fits = lambda n: B * H % n == 0 and 32 * n * max(pairs) <= CPU_CACHE  # eight float32 arrays, in the backward pass
+  heads = max(filter(fits, range(1, B * H + 1)), default=1)
+  if heads == B * H:
+    return _by_ranges(_softmax, q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, pyramid, axis=2)
+  some = lambda x: x.reshape(-1, heads, *x.shape[2:])
+  one = jax.checkpoint(lambda qkv: _by_ranges(_exponentials, *qkv, pyramid))
+  return jax.lax.map(one, tuple(map(some, (q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh)))).reshape(q_BxHxLxDh.shape)
 
-  @jax.checkpoint
-  def one(i):
-    start = (i // (H // heads), 0, i % (H // heads) * heads, 0)
-    cut = lambda x: jax.lax.dynamic_slice(x, start, (1, x.shape[1], heads, Dh)).swapaxes(1, 2)
-    q, k, v = cut(q_BxLxHxDh), cut(k_BxMxHxDh), cut(v_BxMxHxDh)
-    scores_1xhxLxM = jnp.einsum('bhld,bhmd->bhlm', q, k, preferred_element_type=jnp.float32)
-    # What comes out does not depend on it: its gradient is zero, and would take two passes over all scores.
-    largest_1xhxLx1 = jax.lax.stop_gradient(scores_1xhxLxM.max(-1, keepdims=True))
-    weights_1xhxLxM = jnp.exp(scores_1xhxLxM - largest_1xhxLx1)
-    out = jnp.einsum('bhlm,bhmd->bhld', weights_1xhxLxM.astype(v.dtype), v)
-    return (out / weights_1xhxLxM.sum(-1, keepdims=True)).astype(v.dtype)[0].swapaxes(0, 1)
 
-  out = jax.lax.map(one, jnp.arange(B * H // heads)).reshape(B, H // heads, L, heads, Dh)
-  return out.swapaxes(1, 2).reshape(B, L, H, Dh)
+def _exponentials(q_HxLxDh, k_HxMxDh, v_HxMxDh, mask=None):
+  """Softmax whose sums divide what comes out, not the weights."""
+  scores_HxLxM = jnp.einsum('hld,hmd->hlm', q_HxLxDh, k_HxMxDh, preferred_element_type=jnp.float32)
+  if mask is not None:
+    scores_HxLxM = jnp.where(mask, scores_HxLxM, -jnp.inf)
+  # What comes out does not depend on the largest: its gradient is zero, and would take two passes over all scores.
+  weights_HxLxM = jnp.exp(scores_HxLxM - jax.lax.stop_gradient(scores_HxLxM.max(-1, keepdims=True)))
+  out_HxLxDh = jnp.einsum('hlm,hmd->hld', weights_HxLxM.astype(v_HxMxDh.dtype), v_HxMxDh)
+  return (out_HxLxDh / weights_HxLxM.sum(-1, keepdims=True)).astype(v_HxMxDh.dtype)
 
 
 def _softmax(q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, mask=None):
