@@ -77,8 +77,8 @@ def test_guidance_that_is_learned_is_that_of_sampling():
   generator, params = published_models.generator()
   tokenizer, tokenizer_params = published_models.tokenizer()
   both, labels = {'generator': params, 'tokenizer': tokenizer_params}, jnp.array([3, 7])
-  draw = jax.jit(lambda keys: sampling.sample(generator, tokenizer, both, labels, keys, Choices(2.0, 0, 0.0)))
-  out = draw(sampling.image_keys(0, jnp.arange(2)))
+  draw = lambda keys: sampling.sample(generator, tokenizer, both, labels, keys, Choices(2.0, 0, 0.0))
+  out = jax.jit(lambda keys: draw(keys)._replace(image_BxHxWx3=None))(sampling.image_keys(0, jnp.arange(2)))
   stage = copy.copy(Trainer('generator', distill=2.0).stage)
   stage.generator = generator
   teacher = tokenizer.apply({'params': tokenizer_params}, out.tokens_BxL, method='teacher_input')

@@ -16,7 +16,6 @@ from tiny_runs import (
   CERTAIN,
   FULL,
   ROOT,
-  STAGES,
   Line,
   Trainer,
   _stage,
@@ -54,7 +53,8 @@ def run_losses(workdir):
   return [(line['step'], line['train/loss']) for line in metrics_of(workdir) if 'train/loss' in line]
 
 
-@pytest.mark.parametrize('kind', STAGES)
+# The killed run below is a tokenizer's.
+@pytest.mark.parametrize('kind', [pytest.param('tokenizer', marks=pytest.mark.slow), 'generator'])
 def test_resumed_run_equals_straight_run(kind, tmp_path, monkeypatch):
   changes = FULL if kind == 'tokenizer' else {}
   stage, first = Trainer(kind, **changes).stage, jax.devices()[:1]

@@ -23,7 +23,6 @@ from var_jax.training.checkpoint import Checkpoints
 from var_jax.training.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
-STAGES = ['tokenizer', 'generator']
 
 EXPERIMENT = '''"""Both stages on 8 px digits, as small as they get, for the tests."""
 
