@@ -3,9 +3,11 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from var_jax import flops
 from var_jax.pyramid import Pyramid
 from var_jax.tokenizer import convolution
 from var_jax.tokenizer.tokenizer import Tokenizer
@@ -23,15 +25,28 @@ def inputs(height=12, width=6, channels=64):
 @pytest.mark.parametrize('cache', [0, 4 * 4 * 6 * 64 * 4, 2**23])  # strips of two rows, of four, and all of it
 def test_fewer_multiplications_give_the_plain_convolution(cache, monkeypatch):
   monkeypatch.setattr(convolution, 'CACHE', cache)
+  jax.clear_caches()  # of programs that were traced with another one
   x, kernel = inputs()
-  found, plain = jax.jit(convolution.winograd)(x, kernel), jax.lax.conv_general_dilated(x, kernel, *PLAIN, **HOW)
-  np.testing.assert_allclose(found, plain, atol=1e-5 * np.abs(plain).max())
+  plain = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, *PLAIN, **HOW)
+  both = lambda run: jax.jit(lambda *x: (run(*x), *jax.vjp(run, *x)[1](jnp.cos(run(*x)))))(x, kernel)
+  for found, expected in zip(both(convolution.winograd), both(plain)):  # what comes out, and the gradients
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_operations_count_as_they_are_written():
+  x, kernel = inputs()
+  run = lambda *x: jnp.sum(convolution.conv_general_dilated(*x, *PLAIN, train=True, **HOW) ** 2)
+  gradients = jax.grad(run, (0, 1))
+  written = 3 * 2 * 9 * x.size * 64  # forwards, and the two gradients
+  assert flops.counted(gradients, x, kernel) == written
+  with jax.set_mesh(mesh_lib.make_mesh(jax.devices())):
+    assert flops.counted(gradients, x, kernel) == written  # by plain convolutions
 
 
 @pytest.mark.parametrize('shape, suits', [
     ((12, 6, 64), True), ((12, 7, 64), False), ((12, 6, 32), False), ((1, 1, 64), False)])
 def test_only_cpus_take_it_and_only_where_it_fits(shape, suits):
-  run = jax.jit(lambda x, kernel: convolution.conv_general_dilated(x, kernel, *PLAIN, **HOW))
+  run = jax.jit(lambda x, kernel: convolution.conv_general_dilated(x, kernel, *PLAIN, train=False, **HOW))
   lowered = lambda platform: run.trace(*inputs(*shape)).lower(lowering_platforms=(platform,)).as_text()
   assert ('stablehlo.convolution' in lowered('cpu')) != suits
   assert 'stablehlo.convolution' in lowered('tpu') and 'stablehlo.convolution' in lowered('cuda')

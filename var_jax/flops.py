@@ -9,6 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from var_jax.tokenizer import convolution
+
 
 def generator_forward(generator):
   """Of one image through a `Generator`, all scales: 24·D²·L + 4·D·pairs + 12·D² a block, and what lies around them.
@@ -25,7 +27,10 @@ def generator_forward(generator):
 
 
 def counted(function, *arguments):
-  """Of one call of a function: the products and convolutions in its jaxpr; of a condition the dearer branch."""
+  """Of one call of a function: the products and convolutions in its jaxpr; of a condition the dearer branch.
+
+  A convolution counts as it is written, where `tokenizer/convolution.py` needs fewer multiplications as well.
+  """
   return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
@@ -36,6 +41,7 @@ def _of_jaxpr(jaxpr):
              if hasattr(p, 'eqns') or hasattr(p, 'jaxpr')]
     costs = [_of_jaxpr(getattr(p, 'jaxpr', p)) for p in inner]
     times = equation.params['length'] if equation.primitive.name == 'scan' else 1
+    times *= convolution.FEWER.get(equation.params.get('name'), 1)
     total += max(costs) if equation.primitive.name == 'cond' else times * sum(costs)
     out = [v.aval.shape for v in equation.outvars]
     if equation.primitive.name == 'dot_general':

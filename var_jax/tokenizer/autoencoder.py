@@ -4,6 +4,7 @@ Images are (B, H, W, 3) in [-1, 1]; the latent is (B, H/stride, W/stride, C) wit
 Convolutions run in `dtype`; norms and softmax in float32.
 """
 
+import functools
 import math
 from typing import Any, Sequence
 
@@ -28,9 +29,8 @@ class Norm(nn.Module):
 
 
 def conv(features, size, dtype, name, train=True, **options):
-  """train=False: without gradients, on a CPU by fewer multiplications."""
-  more = {} if train else {'conv_general_dilated': convolution.conv_general_dilated}
-  return nn.Conv(features, (size, size), dtype=dtype, name=name, **more, **options)
+  product = functools.partial(convolution.conv_general_dilated, train=train)
+  return nn.Conv(features, (size, size), dtype=dtype, name=name, conv_general_dilated=product, **options)
 
 
 class ResBlock(nn.Module):

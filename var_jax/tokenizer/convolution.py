@@ -17,29 +17,92 @@ KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
 
-def conv_general_dilated(x_BxHxWxC, kernel_3x3xCxF, strides, padding, **more):
-  """`jax.lax.conv_general_dilated` for `nn.Conv`, of inference alone: what it computes on a CPU has slow gradients."""
+def conv_general_dilated(x_BxHxWxC, kernel_3x3xCxF, strides, padding, *, train, **more):
+  """`jax.lax.conv_general_dilated` for `nn.Conv`. train: with gradients, and not to be exported."""
   direct = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, strides, padding, **more)
   height, width = x_BxHxWxC.shape[1:3]
   suits = (kernel_3x3xCxF.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and height % 2 == width % 2 == 0
            and min(kernel_3x3xCxF.shape[2:]) >= LEAST_CHANNELS and x_BxHxWxC.dtype == jnp.float32)
-  if not suits or axes.devices() > 1:
+  if not suits or axes.devices() > 1 or (train and not axes.one_cpu()):
     return direct(x_BxHxWxC, kernel_3x3xCxF)
+  if train:
+    return winograd(x_BxHxWxC, kernel_3x3xCxF)
   return jax.lax.platform_dependent(x_BxHxWxC, kernel_3x3xCxF, cpu=winograd, default=direct)
 
 
+@jax.custom_vjp
 def winograd(x_BxHxWxC, kernel_3x3xCxF):
   """(B, H, W, F): the convolution with zeros around the image; H and W are even."""
+  return _convolved(x_BxHxWxC, kernel_3x3xCxF)
+
+
+def _kept(x_BxHxWxC, kernel_3x3xCxF):
+  return _convolved(x_BxHxWxC, kernel_3x3xCxF), (x_BxHxWxC, kernel_3x3xCxF)
+
+
+def _gradients(kept, gradient_BxHxWxF):
+  x_BxHxWxC, kernel_3x3xCxF = kept
+  turned_3x3xFxC = kernel_3x3xCxF[::-1, ::-1].swapaxes(2, 3)
+  return winograd(gradient_BxHxWxF, turned_3x3xFxC), _kernel_gradient(x_BxHxWxC, gradient_BxHxWxF)
+
+
+winograd.defvjp(_kept, _gradients)
+FEWER = {'_convolved': 36 / 16, '_kernel_gradient': 36 / 16}  # programs, and how many multiplications they save
+
+
+@jax.jit
+def _convolved(x_BxHxWxC, kernel_3x3xCxF):
   B, H, W, C = x_BxHxWxC.shape
-  rows = strip(H, 4 * W * C * x_BxHxWxC.dtype.itemsize)
-  kernels_4x4 = [combined(KERNEL, row) for row in combined(KERNEL, kernel_3x3xCxF)]
-  x = jnp.pad(x_BxHxWxC, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  cut = lambda start: jax.lax.dynamic_slice_in_dim(x, start, rows + 2, axis=1)
-  # The loop carries the strip that it computes next: were it cut where it is read, XLA would look for its place at
-  # each element, and combine one at a time.
-  one = lambda strip, start: (cut(start), _strip(strip, kernels_4x4))
-  _, strips = jax.lax.scan(one, cut(0), jnp.arange(rows, H + rows, rows))  # the last cut is read by nobody
+  kernels_4x4 = _both(KERNEL, kernel_3x3xCxF)
+
+  def one(done, x):
+    tiles_4x4 = _tiles(x)
+    products_4x4 = [[tile @ kernel for tile, kernel in zip(*rows)] for rows in zip(tiles_4x4, kernels_4x4)]
+    parts_2x2 = [[part.reshape(B, -1, W // 2, kernel_3x3xCxF.shape[-1]) for part in row]
+                 for row in _both(OUTPUT, products_4x4)]
+    return done, jnp.stack([jnp.stack(row, axis=3) for row in parts_2x2], axis=2)
+
+  _, strips = _by_strips(one, None, 4 * C, x_BxHxWxC)
   return jnp.moveaxis(strips, 0, 1).reshape(B, H, W, -1)
+
+
+@jax.jit
+def _kernel_gradient(x_BxHxWxC, gradient_BxHxWxF):
+  """(3, 3, C, F): transformed tiles of both, multiplied and summed, then transformed back."""
+  C, F = x_BxHxWxC.shape[-1], gradient_BxHxWxF.shape[-1]
+
+  def one(sums_4x4, x, gradient):
+    B, h, W, _ = gradient.shape
+    parts_2x2 = jnp.moveaxis(gradient.reshape(B, h // 2, 2, W // 2, 2, F), (2, 4), (0, 1))
+    spread_4x4 = _both(tuple(zip(*OUTPUT)), parts_2x2)
+    add = lambda total, tile, part: total + tile.T @ part.reshape(-1, F)
+    return jax.tree.map(add, sums_4x4, _tiles(x), spread_4x4), None
+
+  zeros = [[jnp.zeros((C, F), x_BxHxWxC.dtype) for _ in range(4)] for _ in range(4)]
+  sums_4x4, _ = _by_strips(one, zeros, 4 * (C + F), x_BxHxWxC, gradient_BxHxWxF)
+  return jnp.stack([jnp.stack(row) for row in _both(tuple(zip(*KERNEL)), sums_4x4)])
+
+
+def _by_strips(one, done, channels, x_BxHxWxC, *others):
+  """`one(done, strip of x with a border of one pixel, the others' strips)` -> (done, out): the last done, and all outs.
+
+  channels: how many values of each pixel are to stay in the cache.
+  """
+  B, H, W, _ = x_BxHxWxC.shape
+  images = B if isinstance(B, int) else 1  # exported, it may be a symbol
+  rows = strip(H, images * W * channels * x_BxHxWxC.dtype.itemsize)
+  x = jnp.pad(x_BxHxWxC, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  cut = lambda start: [jax.lax.dynamic_slice_in_dim(x, start, rows + 2, axis=1)] + [
+      jax.lax.dynamic_slice_in_dim(other, start, rows, axis=1) for other in others]
+
+  # The loop carries the strips that it computes next: were they cut where they are read, XLA would look for their
+  # place at each element, and combine one at a time.
+  def step(carry, start):
+    done, out = one(carry[0], *carry[1])
+    return (done, cut(start)), out
+
+  (done, _), outs = jax.lax.scan(step, (done, cut(0)), jnp.arange(rows, H + rows, rows))  # nobody reads the last cut
+  return done, outs
 
 
 def strip(height, row_bytes):
@@ -48,24 +111,25 @@ def strip(height, row_bytes):
   return max(fitting, default=2)
 
 
-def combined(matrix, parts):
+def _tiles(x):
+  """4x4 arrays (B·h·w, C) from a strip with its border: tiles of 4x4 pixels, two apart, transformed."""
+  B, h, w, C = x.shape[0], x.shape[1] // 2 - 1, x.shape[2] // 2 - 1, x.shape[3]
+  x = x.reshape(B, h + 1, 2, w + 1, 2, C)
+  at = lambda i, j: x[:, i // 2:i // 2 + h, i % 2, j // 2:j // 2 + w, j % 2]
+  tiles_4x4 = _both(INPUT, [[at(i, j) for j in range(4)] for i in range(4)])
+  return [[tile.reshape(-1, C) for tile in row] for row in tiles_4x4]
+
+
+def _both(matrix, parts):
+  """matrix · parts · matrix^T, of a matrix of arrays: rows of lists."""
+  columns = [_combined(matrix, column) for column in zip(*[_combined(matrix, row) for row in parts])]
+  return [list(row) for row in zip(*columns)]
+
+
+def _combined(matrix, parts):
   """The rows of a matrix as sums of arrays."""
   sums = []
   for row in matrix:
     terms = [part if factor == 1 else factor * part for factor, part in zip(row, parts) if factor]
     sums.append(sum(terms[1:], terms[0]))
   return sums
-
-
-def _strip(x, kernels_4x4):
-  """(B, rows, W, F) from a strip with a border of one pixel: tiles of 4x4, two apart, give 2x2 each."""
-  B, h, w, C = x.shape[0], x.shape[1] // 2 - 1, x.shape[2] // 2 - 1, x.shape[3]
-  x = x.reshape(B, h + 1, 2, w + 1, 2, C)
-  tiles_4 = combined(INPUT, [x[:, i // 2:i // 2 + h, i % 2] for i in range(4)])
-  products = []
-  for tile, kernels_4 in zip(tiles_4, kernels_4x4):
-    columns_4 = combined(INPUT, [tile[:, :, j // 2:j // 2 + w, j % 2] for j in range(4)])
-    products.append(combined(OUTPUT, [column.reshape(-1, C) @ kernel for column, kernel in zip(columns_4, kernels_4)]))
-  rows_2 = [combined(OUTPUT, column) for column in zip(*products)]  # [output column][output row]
-  pairs_2 = [jnp.stack([part.reshape(B, h, w, -1) for part in row], axis=3) for row in zip(*rows_2)]
-  return jnp.stack(pairs_2, axis=2).reshape(B, 2 * h, 2 * w, -1)
