@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from var_jax import flops
+from var_jax import flops, remat
 from var_jax.pyramid import Pyramid
 from var_jax.tokenizer import convolution
 from var_jax.tokenizer.tokenizer import Tokenizer
 from var_jax.training import mesh as mesh_lib
 
 HOW = {'dimension_numbers': ('NHWC', 'HWIO', 'NHWC')}
-PLAIN = ((1, 1), ((1, 1), (1, 1)))  # strides, padding
+PLAIN = ((1, 1), 'SAME')  # strides, padding
 
 
 def inputs(height=12, width=6, channels=64):
@@ -22,7 +22,8 @@ def inputs(height=12, width=6, channels=64):
   return x, jax.random.normal(jax.random.key(1), (3, 3, channels, 64)) / np.sqrt(9 * channels)
 
 
-@pytest.mark.parametrize('cache', [0, 4 * 4 * 6 * 64 * 4, 2**23])  # strips of two rows, of four, and all of it
+# Strips of two rows; of six, and of four for the kernel's gradient; all of it.
+@pytest.mark.parametrize('cache', [0, 4 * (2 * 6 * 8 * 64 * 4), 2**23])
 def test_fewer_multiplications_give_the_plain_convolution(cache, monkeypatch):
   monkeypatch.setattr(convolution, 'CACHE', cache)
   jax.clear_caches()  # of programs that were traced with another one
@@ -38,9 +39,18 @@ def test_operations_count_as_they_are_written():
   run = lambda *x: jnp.sum(convolution.conv_general_dilated(*x, *PLAIN, train=True, **HOW) ** 2)
   gradients = jax.grad(run, (0, 1))
   written = 3 * 2 * 9 * x.size * 64  # forwards, and the two gradients
-  assert flops.counted(gradients, x, kernel) == written
+  plain = lambda: 'stablehlo.convolution' in jax.jit(gradients).lower(x, kernel).as_text()
+  assert flops.counted(gradients, x, kernel) == written and not plain()
   with jax.set_mesh(mesh_lib.make_mesh(jax.devices())):
-    assert flops.counted(gradients, x, kernel) == written  # by plain convolutions
+    assert flops.counted(gradients, x, kernel) == written and plain()
+
+
+@pytest.mark.parametrize('kind', ['dots', 'pointwise'])
+def test_recomputing_keeps_a_convolution_and_not_its_tiles(kind, capsys):
+  run = lambda *x: jnp.sum(jnp.sin(convolution.winograd(*x)))
+  jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(run, policy=remat.POLICIES[kind]), *inputs())
+  kept = [line for line in capsys.readouterr().out.splitlines() if 'from the argument' not in line]
+  assert len(kept) == 1 and kept[0].startswith('f32[2,12,6,64]'), kept
 
 
 @pytest.mark.parametrize('shape, suits', [

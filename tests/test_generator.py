@@ -1,5 +1,6 @@
 """Transformer, sampling and editing against the published implementation, and their invariants."""
 
+import dataclasses
 import functools
 import re
 
@@ -161,13 +162,17 @@ def with_gradients(attend):
   return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), (0, 1, 2)))(*queries_keys_values())
 
 
-def test_some_heads_at_a_time_equal_all(monkeypatch):
-  expected = with_gradients(lambda *x: attention.attend(*x, SCALES, 'xla'))
-  monkeypatch.setattr(attention, 'CPU_CACHE', 0)
+@pytest.mark.parametrize('heads, pyramid', [
+    (1, SCALES), (2, dataclasses.replace(SCALES, markov=True)), (4, None)])  # None: every key is visible
+def test_some_heads_at_a_time_equal_all(heads, pyramid, monkeypatch):
+  attend = lambda q, k, v: attention.attend(q if pyramid else q[:, -SCALES.sizes[-1]:], k, v, pyramid, 'xla')
+  expected = with_gradients(attend)
+  pairs = [(end - start) * (end - first) for first, start, end in attention.query_ranges(pyramid or SCALES)]
+  monkeypatch.setattr(attention, 'CPU_CACHE', heads * 32 * max(pairs))
   calls, real = [], attention._exponentials
-  monkeypatch.setattr(attention, '_exponentials', lambda *x, mask: calls.append(x[0].shape) or real(*x, mask))
-  found = with_gradients(lambda *x: attention.attend(*x, SCALES, 'xla'))
-  assert [shape[0] for shape in calls] == [1] * len(attention.query_ranges(SCALES))
+  monkeypatch.setattr(attention, '_exponentials', lambda *x: calls.append(x[0].shape) or real(*x))
+  found = with_gradients(attend)
+  assert [shape[0] for shape in calls] == [heads] * (len(pairs) if pyramid else 1)
   for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 

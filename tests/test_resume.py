@@ -147,7 +147,7 @@ def start(experiment):
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     processes.append(subprocess.Popen(
         [sys.executable, '-m', 'var_jax', 'train', f'--config={experiment}:tokenizer', f'--workdir={workdir}',
-         f'--config.steps={STEPS}', '--config.checkpoint_every=10'],
+         f'--config.steps={STEPS}', '--config.checkpoint_every=10', *(f'--config.{k}={v}' for k, v in FULL.items())],
         stderr=subprocess.PIPE, text=True, env=environment))
     return processes[-1]
 
@@ -174,7 +174,7 @@ def stop_after_save(process, workdir, number):
 
 def state_of(workdir):
   """The final state in a workdir."""
-  stage = _stage('tokenizer', ())
+  stage = _stage('tokenizer', tuple(FULL.items()))
   with Checkpoints(workdir) as checkpoints:
     return checkpoints.restore(
         mesh_lib.placed(jax.eval_shape(stage.init), mesh_lib.make_mesh(jax.devices()[:1])))[0]

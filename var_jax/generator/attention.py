@@ -89,14 +89,14 @@ def query_ranges(pyramid):
 
 
 def _by_ranges(core, q, k, v, pyramid, axis=1):
-  """core(q, k, v, mask=None or (L, M) bool) over each range of queries; tokens lie along the axis."""
+  """core(q, k, v, mask) over each range of queries; mask: None or (L, M) bool. Tokens lie along the axis."""
   if pyramid is None:
-    return core(q, k, v)
+    return core(q, k, v, None)
   parts, cut = [], lambda x, start, end: jax.lax.slice_in_dim(x, start, end, axis=axis)
   for first, start, end in query_ranges(pyramid):
     visible = pyramid.visible_LxL[start:end, first:end]
     mask = None if visible.all() else jnp.asarray(visible)
-    parts.append(core(cut(q, start, end), cut(k, first, end), cut(v, first, end), mask=mask))
+    parts.append(core(cut(q, start, end), cut(k, first, end), cut(v, first, end), mask))
   return jnp.concatenate(parts, axis=axis)
 
 
@@ -109,7 +109,7 @@ def _xla(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, pyramid):
 
 
 def _some_heads_at_a_time(q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, pyramid):
-  """(B, H, L, Dh). As many heads as a CPU's cache holds weights of; the backward pass computes them once more."""
+  """(B, H, L, Dh). As many heads as a CPU's cache holds weights of, which the backward pass computes once more."""
   (B, H, L, _), M = q_BxHxLxDh.shape, k_BxHxMxDh.shape[2]
   pairs = [(end - start) * (end - first) for first, start, end in query_ranges(pyramid)] if pyramid else [L * M]
   fits = lambda n: B * H % n == 0 and 32 * n * max(pairs) <= CPU_CACHE  # eight float32 arrays, in the backward pass
@@ -121,7 +121,7 @@ def _some_heads_at_a_time(q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, pyramid):
   return jax.lax.map(one, tuple(map(some, (q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh)))).reshape(q_BxHxLxDh.shape)
 
 
-def _exponentials(q_HxLxDh, k_HxMxDh, v_HxMxDh, mask=None):
+def _exponentials(q_HxLxDh, k_HxMxDh, v_HxMxDh, mask):
   """Softmax whose sums divide what comes out, not the weights."""
   scores_HxLxM = jnp.einsum('hld,hmd->hlm', q_HxLxDh, k_HxMxDh, preferred_element_type=jnp.float32)
   if mask is not None:
@@ -132,7 +132,7 @@ def _exponentials(q_HxLxDh, k_HxMxDh, v_HxMxDh, mask=None):
   return (out_HxLxDh / weights_HxLxM.sum(-1, keepdims=True)).astype(v_HxMxDh.dtype)
 
 
-def _softmax(q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, mask=None):
+def _softmax(q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, mask):
   scores_BxHxLxM = jnp.einsum('bhld,bhmd->bhlm', q_BxHxLxDh, k_BxHxMxDh, preferred_element_type=jnp.float32)
   scores_BxHxLxM = checkpoint_name(scores_BxHxLxM, ATTENTION)
   if mask is not None:
@@ -141,7 +141,7 @@ def _softmax(q_BxHxLxDh, k_BxHxMxDh, v_BxHxMxDh, mask=None):
   return jnp.einsum('bhlm,bhmd->bhld', weights_BxHxLxM, v_BxHxMxDh)
 
 
-def _cudnn(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, mask=None):
+def _cudnn(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, mask):
   if mask is not None:  # the coarse scales, a small part
     return _softmax(*(x.swapaxes(1, 2) for x in (q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh)), mask).swapaxes(1, 2)
   B, L, M = *q_BxLxHxDh.shape[:2], k_BxMxHxDh.shape[1]

@@ -28,7 +28,8 @@ class Norm(nn.Module):
     return norm(x).astype(x.dtype)
 
 
-def conv(features, size, dtype, name, train=True, **options):
+def conv(features, size, dtype, name, train=False, **options):
+  """A convolution; train: with gradients, see `convolution.conv_general_dilated`."""
   product = functools.partial(convolution.conv_general_dilated, train=train)
   return nn.Conv(features, (size, size), dtype=dtype, name=name, conv_general_dilated=product, **options)
 
@@ -105,7 +106,7 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    x, block = conv(self.ch, 3, self.dtype, 'conv_in')(x), res_block(self.remat)
+    x, block = conv(self.ch, 3, self.dtype, 'conv_in', train)(x), res_block(self.remat)
     last = len(self.ch_mult) - 1
     for level, mult in enumerate(self.ch_mult):
       for i in range(self.res_blocks):
@@ -116,7 +117,7 @@ class Encoder(nn.Module):
         # Padding at the right and bottom alone, as the published network.
         x = conv(x.shape[-1], 3, self.dtype, f'down_{level}_conv', strides=2, padding=((0, 1), (0, 1)))(x)
     x = Middle(x.shape[-1], self.dropout, self.groups, self.remat, self.dtype, name='mid')(x, train)
-    return conv(self.channels, 3, self.dtype, 'conv_out')(nn.swish(Norm(self.groups, name='norm_out')(x)))
+    return conv(self.channels, 3, self.dtype, 'conv_out', train)(nn.swish(Norm(self.groups, name='norm_out')(x)))
 
 
 class Decoder(nn.Module):
@@ -133,7 +134,7 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, x, train=False):
     last, block = len(self.ch_mult) - 1, res_block(self.remat)
-    x = conv(self.ch * self.ch_mult[-1], 3, self.dtype, 'conv_in')(x)
+    x = conv(self.ch * self.ch_mult[-1], 3, self.dtype, 'conv_in', train)(x)
     x = Middle(x.shape[-1], self.dropout, self.groups, self.remat, self.dtype, name='mid')(x, train)
     for level in reversed(range(len(self.ch_mult))):
       for i in range(self.res_blocks + 1):
@@ -144,4 +145,4 @@ class Decoder(nn.Module):
       if level > 0:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
         x = conv(x.shape[-1], 3, self.dtype, f'up_{level}_conv', train)(x)
-    return conv(3, 3, self.dtype, 'conv_out')(nn.swish(Norm(self.groups, name='norm_out')(x)))
+    return conv(3, 3, self.dtype, 'conv_out', train)(nn.swish(Norm(self.groups, name='norm_out')(x)))

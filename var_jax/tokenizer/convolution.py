@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from var_jax import axes
 
 LEAST_CHANNELS = 64  # with fewer, transforming costs more than it saves
-CACHE = 2**23  # bytes of a strip's transformed tiles
+CACHE = 2**23  # bytes of a strip's transformed tiles, or of two strips' for a kernel's gradient
 
 INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
@@ -18,11 +18,15 @@ OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
 
 def conv_general_dilated(x_BxHxWxC, kernel_3x3xCxF, strides, padding, *, train, **more):
-  """`jax.lax.conv_general_dilated` for `nn.Conv`. train: with gradients, and not to be exported."""
+  """`jax.lax.conv_general_dilated` for `nn.Conv`, with zeros around the image. train: not to be exported.
+
+  An exported program may run on any platform, and chooses there, which gradients would have to go through.
+  """
   direct = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, strides, padding, **more)
   height, width = x_BxHxWxC.shape[1:3]
-  suits = (kernel_3x3xCxF.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and height % 2 == width % 2 == 0
-           and min(kernel_3x3xCxF.shape[2:]) >= LEAST_CHANNELS and x_BxHxWxC.dtype == jnp.float32)
+  suits = (kernel_3x3xCxF.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and padding == 'SAME'
+           and height % 2 == width % 2 == 0 and min(kernel_3x3xCxF.shape[2:]) >= LEAST_CHANNELS
+           and x_BxHxWxC.dtype == jnp.float32)
   if not suits or axes.devices() > 1 or (train and not axes.one_cpu()):
     return direct(x_BxHxWxC, kernel_3x3xCxF)
   if train:
@@ -37,7 +41,8 @@ def winograd(x_BxHxWxC, kernel_3x3xCxF):
 
 
 def _kept(x_BxHxWxC, kernel_3x3xCxF):
-  return _convolved(x_BxHxWxC, kernel_3x3xCxF), (x_BxHxWxC, kernel_3x3xCxF)
+  # By the whole operation, of which remat's policies keep what comes out, and not the products of tiles.
+  return winograd(x_BxHxWxC, kernel_3x3xCxF), (x_BxHxWxC, kernel_3x3xCxF)
 
 
 def _gradients(kept, gradient_BxHxWxF):
@@ -47,20 +52,19 @@ def _gradients(kept, gradient_BxHxWxF):
 
 
 winograd.defvjp(_kept, _gradients)
-FEWER = {'_convolved': 36 / 16, '_kernel_gradient': 36 / 16}  # programs, and how many multiplications they save
+FEWER = {'_convolved': 36 / 16, '_kernel_gradient': 36 / 16}  # programs, and what they divide multiplications by
 
 
 @jax.jit
 def _convolved(x_BxHxWxC, kernel_3x3xCxF):
-  B, H, W, C = x_BxHxWxC.shape
+  (B, H, W, C), F = x_BxHxWxC.shape, kernel_3x3xCxF.shape[-1]
   kernels_4x4 = _both(KERNEL, kernel_3x3xCxF)
 
   def one(done, x):
-    tiles_4x4 = _tiles(x)
-    products_4x4 = [[tile @ kernel for tile, kernel in zip(*rows)] for rows in zip(tiles_4x4, kernels_4x4)]
-    parts_2x2 = [[part.reshape(B, -1, W // 2, kernel_3x3xCxF.shape[-1]) for part in row]
-                 for row in _both(OUTPUT, products_4x4)]
-    return done, jnp.stack([jnp.stack(row, axis=3) for row in parts_2x2], axis=2)
+    products_4x4 = [[tile @ kernel for tile, kernel in zip(*rows)] for rows in zip(_tiles(x), kernels_4x4)]
+    place = lambda part: part.reshape(B, x.shape[1] // 2 - 1, W // 2, F)
+    rows_2 = [jnp.stack([place(part) for part in row], axis=3) for row in _both(OUTPUT, products_4x4)]
+    return done, jnp.stack(rows_2, axis=2)
 
   _, strips = _by_strips(one, None, 4 * C, x_BxHxWxC)
   return jnp.moveaxis(strips, 0, 1).reshape(B, H, W, -1)
