@@ -62,6 +62,14 @@ def test_only_cpus_take_it_and_only_where_it_fits(shape, suits):
   assert 'stablehlo.convolution' in lowered('tpu') and 'stablehlo.convolution' in lowered('cuda')
 
 
+def test_decoder_takes_it_in_all_3x3_convolutions_of_enough_channels():
+  tokenizer = Tokenizer(Pyramid.of((1, 2, 4)), codes=16, channels=8, ch=64, ch_mult=(1, 1), res_blocks=1, groups=4)
+  variables = jax.eval_shape(tokenizer.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+  run = jax.jit(functools.partial(tokenizer.apply, method='decode')).trace(variables, jnp.zeros((1, 21), jnp.int32))
+  convolutions = lambda on: run.lower(lowering_platforms=(on,)).as_text().count('stablehlo.convolution')
+  assert convolutions('tpu') - convolutions('cpu') == 4 + 8 + 1  # middle, two levels of two blocks, and between them
+
+
 def test_images_one_after_the_other_are_those_of_all_at_once():
   tokenizer = Tokenizer(Pyramid.of((1, 2, 4)), codes=16, channels=8, ch=8, ch_mult=(1, 2), res_blocks=1, groups=4)
   images = jax.random.uniform(jax.random.key(0), (16, 8, 8, 3), minval=-1)

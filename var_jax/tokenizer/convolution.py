@@ -35,9 +35,20 @@ def conv_general_dilated(x_BxHxWxC, kernel_3x3xCxF, strides, padding, *, train, 
 
 
 @jax.custom_vjp
+@jax.jit
 def winograd(x_BxHxWxC, kernel_3x3xCxF):
   """(B, H, W, F): the convolution with zeros around the image; H and W are even."""
-  return _convolved(x_BxHxWxC, kernel_3x3xCxF)
+  (B, H, W, C), F = x_BxHxWxC.shape, kernel_3x3xCxF.shape[-1]
+  kernels_4x4 = _both(KERNEL, kernel_3x3xCxF)
+
+  def one(done, x):
+    products_4x4 = [[tile @ kernel for tile, kernel in zip(*rows)] for rows in zip(_tiles(x), kernels_4x4)]
+    place = lambda part: part.reshape(B, x.shape[1] // 2 - 1, W // 2, F)
+    rows_2 = [jnp.stack([place(part) for part in row], axis=3) for row in _both(OUTPUT, products_4x4)]
+    return done, jnp.stack(rows_2, axis=2)
+
+  _, strips = _by_strips(one, None, 4 * C, x_BxHxWxC)
+  return jnp.moveaxis(strips, 0, 1).reshape(B, H, W, -1)
 
 
 def _kept(x_BxHxWxC, kernel_3x3xCxF):
@@ -52,22 +63,7 @@ def _gradients(kept, gradient_BxHxWxF):
 
 
 winograd.defvjp(_kept, _gradients)
-FEWER = {'_convolved': 36 / 16, '_kernel_gradient': 36 / 16}  # programs, and what they divide multiplications by
-
-
-@jax.jit
-def _convolved(x_BxHxWxC, kernel_3x3xCxF):
-  (B, H, W, C), F = x_BxHxWxC.shape, kernel_3x3xCxF.shape[-1]
-  kernels_4x4 = _both(KERNEL, kernel_3x3xCxF)
-
-  def one(done, x):
-    products_4x4 = [[tile @ kernel for tile, kernel in zip(*rows)] for rows in zip(_tiles(x), kernels_4x4)]
-    place = lambda part: part.reshape(B, x.shape[1] // 2 - 1, W // 2, F)
-    rows_2 = [jnp.stack([place(part) for part in row], axis=3) for row in _both(OUTPUT, products_4x4)]
-    return done, jnp.stack(rows_2, axis=2)
-
-  _, strips = _by_strips(one, None, 4 * C, x_BxHxWxC)
-  return jnp.moveaxis(strips, 0, 1).reshape(B, H, W, -1)
+FEWER = {'winograd': 36 / 16, '_kernel_gradient': 36 / 16}  # programs, and what they divide multiplications by
 
 
 @jax.jit
