@@ -11,7 +11,7 @@ from tiny_runs import Trainer, some_batch
 
 from var_jax import axes
 from var_jax.errors import UserError
-from var_jax.generator.transformer import COLUMNS, Dense
+from var_jax.generator.products import COLUMNS, Dense
 from var_jax.training import mesh as mesh_lib
 
 

@@ -12,39 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from var_jax.axes import BATCH, TENSOR, constrain, one_cpu
+from var_jax.axes import BATCH, TENSOR, constrain
 from var_jax.generator.attention import Cache, attend
+from var_jax.generator.products import COLUMNS, ROWS, WHOLE, Dense, own_gradient, qkv_product, tall_product
 from var_jax.pyramid import Pyramid
 from var_jax.remat import rematerialized
 
 MAX_LOG_SCALE = math.log(100)
-
-
-def gathering(*axes):
-  """A product whose kernel, kept in parts over `fsdp`, is put together for it and laid out as `constrain` does.
-
-  XLA would else take the product part by part and read the activations each time: twice the traffic on a TPU.
-  """
-  return lambda x, kernel, *how, **more: jax.lax.dot_general(x, constrain(kernel, *axes), *how, **more)
-
-
-WHOLE, COLUMNS, ROWS = gathering(None), gathering(None, TENSOR), gathering(TENSOR)
-
-
-def _qkv_product(x_NxD, kernel_Dx3xD, *how, **more):
-  """(N, 3, D): queries, keys and values; trained on a CPU, as one matrix, whose gradient XLA need not transpose."""
-  if not one_cpu() or not isinstance(x_NxD.shape[0], int):  # exported, N may be a symbol, and the device any
-    return gathering(None, None, TENSOR)(x_NxD, kernel_Dx3xD, *how, **more)
-  D = len(kernel_Dx3xD)
-  return WHOLE(x_NxD, kernel_Dx3xD.reshape(D, -1), *how, **more).reshape(-1, 3, D)
-
-
-class Dense(nn.Dense):
-  """nn.Dense on (..., features) seen as a matrix: with three axes, XLA's CPU gradients are half as fast."""
-
-  @nn.compact
-  def __call__(self, x):
-    return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
 
 
 def layer_norm(x):
@@ -92,7 +66,7 @@ class Attention(nn.Module):
     normal = nn.initializers.normal
     # Queries, keys and values have a dimension of their own, so that `tensor` can split each of them by heads.
     qkv = nn.DenseGeneral((3, D), use_bias=False, dtype=self.dtype, kernel_init=normal(self.init_std), name='qkv',
-                         dot_general=_qkv_product)
+                         dot_general=qkv_product)
     qkv_Nx3xD = qkv(x_BxLxD.reshape(-1, D))
     q_bias, v_bias = (self.param(name, nn.initializers.zeros, (D,), jnp.float32) for name in ('q_bias', 'v_bias'))
     qkv_Nx3xD += jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
@@ -145,15 +119,15 @@ class Block(nn.Module):
         self.dtype, name='attention')
     h = (layer_norm(x_BxLxD) * (scale1 + 1) + shift1).astype(self.dtype)
     h, cache = attention(h, cache)
-    x_BxLxD += self._drop_path(h * gamma1, keep_2xB, 0)
+    x_BxLxD = own_gradient(x_BxLxD + self._drop_path(h * gamma1, keep_2xB, 0))
 
     h = (layer_norm(x_BxLxD) * (scale2 + 1) + shift2).astype(self.dtype)
     normal = nn.initializers.normal
     fc1 = Dense(round(D * self.mlp_ratio), dtype=self.dtype, kernel_init=normal(self.init_std), dot_general=COLUMNS,
                 name='fc1')
-    fc2 = Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), dot_general=ROWS, name='fc2')
+    fc2 = Dense(D, dtype=self.dtype, kernel_init=normal(self.proj_std), dot_general=tall_product, name='fc2')
     h = fc2(nn.gelu(constrain(fc1(h), BATCH, None, TENSOR), approximate=True))
-    x_BxLxD = constrain(x_BxLxD + self._drop_path(h * gamma2, keep_2xB, 1), BATCH)
+    x_BxLxD = own_gradient(constrain(x_BxLxD + self._drop_path(h * gamma2, keep_2xB, 1), BATCH))
     if cache is None:
       return (x_BxLxD, None), None
     return (x_BxLxD, cache.replace(layer=cache.layer + 1)), chunks_Bx6xD
