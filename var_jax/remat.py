@@ -8,7 +8,8 @@ ATTENTION = 'attention'  # `checkpoint_name` of what attention's backward pass n
 
 def _products(primitive, *inputs, **parameters):
   """Keeps products with parameters, and convolutions: a whole one where `convolution.winograd` does it."""
-  return primitive.name in ('conv_general_dilated', 'custom_vjp_call') or (
+  winograd = primitive.name == 'custom_vjp_call' and len(inputs) > 1  # of one input is `products.own_gradient`
+  return winograd or primitive.name == 'conv_general_dilated' or (
       jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **parameters))
 
 
