@@ -12,6 +12,7 @@ shows the time of a sample against resolution and batch.
 
 if __name__ == '__main__':
   from var_jax.commands import script
+  script.stop_at_once()
   script.with_huge_pages()
 
 import contextlib
@@ -76,6 +77,7 @@ def main(arguments):
   if options.plot:
     if not options.plot.endswith('.png'):
       raise UserError(f'--plot={options.plot}: the picture is a PNG, give a name that ends in .png')
+    benchmark_show.check_plotted({*rows, *found})
     output.make_folder(pathlib.Path(options.plot).parent, '--plot')
   if options.profile:
     output.make_folder(pathlib.Path(options.profile), '--profile')

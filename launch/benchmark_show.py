@@ -2,6 +2,9 @@
 
 from var_jax.errors import UserError
 
+BY_SIZE = {128: 'sample d16, batch 1, 128 px', 256: 'sample d16, batch 1', 512: 'sample d16, batch 1, 512 px'}
+BY_BATCH = {batch: f'sample d16, batch {batch}' for batch in (1, 4, 16)}
+
 
 def table(found, old):
   """Markdown: a row for each program."""
@@ -22,29 +25,32 @@ def table(found, old):
   return '\n'.join(lines)
 
 
+def check_plotted(rows):
+  """Raises UserError where rows of the picture are missing."""
+  missing = sorted({*BY_SIZE.values(), *BY_BATCH.values()} - rows)
+  if missing:
+    raise UserError(f'--plot needs rows that --out does not have ({"; ".join(missing)}): add --only="sample d16", or '
+                    'leave --only away')
+
+
 def plot(found, path, tokens):
   """Seconds of an image against its side, with its tokens, and against the batch. tokens: {side: how many}."""
   from matplotlib.figure import Figure
 
-  by_size = {128: 'sample d16, batch 1, 128 px', 256: 'sample d16, batch 1', 512: 'sample d16, batch 1, 512 px'}
-  by_batch = {batch: f'sample d16, batch {batch}' for batch in (1, 4, 16)}
-  missing = [name for name in (*by_size.values(), *by_batch.values()) if name not in found]
-  if missing:
-    raise UserError(f'--plot needs rows that --out does not have: {"; ".join(missing)}')
   seconds = lambda rows: [found[name]['seconds'] for name in rows.values()]
   figure = Figure(figsize=(9, 3.5), layout='constrained')
   left, right = figure.subplots(1, 2)
-  left.loglog(list(by_size), seconds(by_size), 'o-')
-  for size, took in zip(by_size, seconds(by_size)):
+  left.loglog(list(BY_SIZE), seconds(BY_SIZE), 'o-')
+  for size, took in zip(BY_SIZE, seconds(BY_SIZE)):
     left.annotate(f'{tokens[size]} tokens, {tokens[size] / took:.0f}/s', (size, took), (4, -12),
                   textcoords='offset points', fontsize=8)
   left.set(xlabel='side of the image, px', ylabel='seconds for one image', xlim=(110, 1100))
-  left.set_ylim(min(seconds(by_size)) / 2, max(seconds(by_size)) * 2)
-  left.set_xticks(list(by_size), [str(size) for size in by_size])
-  left.set_yticks(seconds(by_size), [f'{took:.1f}' for took in seconds(by_size)])
+  left.set_ylim(min(seconds(BY_SIZE)) / 2, max(seconds(BY_SIZE)) * 2)
+  left.set_xticks(list(BY_SIZE), [str(size) for size in BY_SIZE])
+  left.set_yticks(seconds(BY_SIZE), [f'{took:.1f}' for took in seconds(BY_SIZE)])
   left.minorticks_off()
-  each = [took / batch for batch, took in zip(by_batch, seconds(by_batch))]
-  right.plot(list(by_batch), each, 'o-')
-  right.set(xlabel='batch', ylabel='seconds an image', ylim=(0, 1.2 * max(each)), xticks=list(by_batch))
+  each = [took / batch for batch, took in zip(BY_BATCH, seconds(BY_BATCH))]
+  right.plot(list(BY_BATCH), each, 'o-')
+  right.set(xlabel='batch', ylabel='seconds an image', ylim=(0, 1.2 * max(each)), xticks=list(BY_BATCH))
   figure.suptitle('d16 with guidance and decoder, ' + found['sample d16, batch 1']['machine'], fontsize=10)
   figure.savefig(path, dpi=110)

@@ -132,6 +132,7 @@ COMMAND_LINES = {
     'lpips_weights_missing': (
         'vgg.npz', [*TRAIN, '--config.loss.lpips=1.0', '--config.loss.lpips_weights={tmp}/vgg.npz']),
     'generator_without_tokenizer': ('--config.tokenizer', ['train', '--config={exp}:generator', '--workdir={new}']),
+    'attention_of_other_devices': ('needs a tpu.*auto', [*TRAIN_GENERATOR, '--config.attention=splash']),
     'tokenizer_that_is_no_workdir': ('config.json', [*TRAIN_GENERATOR[:3], '--config.tokenizer={tmp}']),
     'tokenizer_that_is_missing': ('nowhere', [*TRAIN_GENERATOR[:3], '--config.tokenizer={tmp}/nowhere']),
     'width_not_shared_by_heads': ('heads', [*TRAIN_GENERATOR, '--config.model.heads=5']),

@@ -79,8 +79,8 @@ def test_training_row_compares_the_loop_with_its_step():
 def test_plot_says_which_rows_it_misses(tmp_path):
   rows = ['sample d16, batch 1, 128 px', 'sample d16, batch 1, 512 px', *(f'sample d16, batch {b}' for b in (1, 4, 16))]
   found = {name: {'seconds': 1.0 + i, 'machine': 'one'} for i, name in enumerate(rows)}
-  plot = lambda found: benchmark.benchmark_show.plot(found, tmp_path / 'x.png', {128: 155, 256: 680, 512: 2240})
-  plot(found)
+  benchmark.benchmark_show.check_plotted(set(rows))
+  benchmark.benchmark_show.plot(found, tmp_path / 'x.png', {128: 155, 256: 680, 512: 2240})
   assert (tmp_path / 'x.png').stat().st_size > 5000
-  with pytest.raises(UserError, match='batch 16'):
-    plot({name: found[name] for name in rows[:-1]})
+  with pytest.raises(UserError, match='batch 16'):  # before anything is measured
+    benchmark.main([f'--out={tmp_path}/x.json', '--only=digits: sample', f'--plot={tmp_path}/y.png'])

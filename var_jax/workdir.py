@@ -201,6 +201,7 @@ def load_generator(workdir, say=note, *, raw=False):
   config = read_config(workdir)
   if config.stage != 'generator':
     raise UserError(f'{workdir} holds a tokenizer: give the workdir of a generator')
+  config.attention = 'auto'  # it may have been trained on other devices
   tokenizer, tokenizer_params = load_tokenizer(workdir, say)
   generator, found = make_generator(config, tokenizer), fingerprint(tokenizer_params)
 

@@ -44,15 +44,19 @@ def with_huge_pages():
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def run(main):
-  """Ends the process with `status` of main(the command line), or at once when Ctrl-C asks for it."""
+def stop_at_once():
+  """Lets Ctrl-C end the process. Not by an exception: imports and compiling threads would swallow it, or crash."""
 
   def stop(number, frame):
-    # Not by an exception: imports and compiling threads would swallow it, or crash while Python shuts down.
     os.write(2, b'stopped\n')
     os._exit(130)
 
   signal.signal(signal.SIGINT, stop)
+
+
+def run(main):
+  """Ends the process with `status` of main(the command line), or at once when Ctrl-C asks for it."""
+  stop_at_once()
   code = status(main, sys.argv[1:])
   if code == 130:
     sys.stdout.flush()

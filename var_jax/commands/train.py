@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from var_jax import lineage
+from var_jax import axes, lineage
 from var_jax import workdir as workdir_lib
 from var_jax.commands import flags
 from var_jax.errors import UserError, note
@@ -154,6 +154,9 @@ def make_stage(config, workdir, steps):
 
   place, tokenizer, params = lineage.find_tokenizer(workdir, config.tokenizer)
   generator = workdir_lib.make_generator(config, tokenizer)
+  needs = {'cudnn': 'gpu', 'splash': 'tpu'}.get(config.attention)
+  if needs not in (None, axes.platform()):
+    raise UserError(f'attention={config.attention!r} needs a {needs}, this is a {axes.platform()}: leave it at auto')
   _check_frozen(config, lambda: workdir_lib.generator_shapes(generator))
   if config.progressive.end and config.progressive.start_scale >= len(generator.pyramid):
     raise UserError(f'progressive.start_scale is {config.progressive.start_scale}, but scales count from 0 to '
