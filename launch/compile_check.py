@@ -7,6 +7,10 @@ of a chip's memory are to be enough. `--platform=cuda` lowers for GPUs instead, 
 built for them and no more.
 """
 
+if __name__ == '__main__':
+  from var_jax.commands import script
+  script.stop_at_once()
+
 import json
 import os
 import re

@@ -6,6 +6,10 @@ in place of running them; --table only compares what is there. Exit status 1 whe
 metric.
 """
 
+if __name__ == '__main__':
+  from var_jax.commands import script
+  script.stop_at_once()
+
 import csv
 import importlib.util
 import json
