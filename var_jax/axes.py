@@ -47,6 +47,11 @@ def one_cpu():
   return devices() == 1 and platform() == 'cpu'
 
 
+def for_one_cpu(x):
+  """Whether what is traced with x runs on one CPU: exported, its batch may be a symbol, and the device any."""
+  return one_cpu() and isinstance(x.shape[0], int)
+
+
 def everywhere():
   """What `jax.jit` takes as out_shardings of results that every device, and so every process, is to have whole."""
   return None if jax.sharding.get_abstract_mesh().empty else PartitionSpec()

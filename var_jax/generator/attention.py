@@ -103,7 +103,7 @@ def _by_ranges(core, q, k, v, pyramid, axis=1):
 def _xla(q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh, pyramid):
   # Heads first: the products over (L, M) are then plain batched ones, four times as fast on a CPU.
   q, k, v = (x.swapaxes(1, 2) for x in (q_BxLxHxDh, k_BxMxHxDh, v_BxMxHxDh))
-  if axes.one_cpu() and isinstance(q.shape[0], int):  # exported, it may be a symbol, and the device any
+  if axes.for_one_cpu(q):
     return _some_heads_at_a_time(q, k, v, pyramid).swapaxes(1, 2)
   return _by_ranges(_softmax, q, k, v, pyramid, axis=2).swapaxes(1, 2)
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from var_jax.axes import TENSOR, constrain, one_cpu
+from var_jax.axes import TENSOR, constrain, for_one_cpu
 
 
 def gathering(*axes):
@@ -20,7 +20,7 @@ WHOLE, COLUMNS, ROWS = gathering(None), gathering(None, TENSOR), gathering(TENSO
 
 def qkv_product(x_NxD, kernel_Dx3xD, *how, **more):
   """(N, 3, D): queries, keys and values; trained on a CPU, as one matrix, whose gradient XLA need not transpose."""
-  if not _for_one_cpu(x_NxD):
+  if not for_one_cpu(x_NxD):
     return gathering(None, None, TENSOR)(x_NxD, kernel_Dx3xD, *how, **more)
   D = len(kernel_Dx3xD)
   return WHOLE(x_NxD, kernel_Dx3xD.reshape(D, -1), *how, **more).reshape(-1, 3, D)
@@ -28,14 +28,10 @@ def qkv_product(x_NxD, kernel_Dx3xD, *how, **more):
 
 def tall_product(x_NxF, kernel_FxD, dimensions, **more):
   """(N, D), for F > D: trained on a CPU, the kernel's gradient is a product of (D, F), 190 GFLOP/s for 165."""
-  if not _for_one_cpu(x_NxF):
+  if not for_one_cpu(x_NxF):
     return ROWS(x_NxF, kernel_FxD, dimensions, **more)
   # Were its gradient no array of its own, XLA would transpose that product back.
   return jax.lax.dot_general(x_NxF, own_gradient(kernel_FxD.T), (((1,), (1,)), ((), ())), **more)
-
-
-def _for_one_cpu(x):
-  return one_cpu() and isinstance(x.shape[0], int)  # exported, it may be a symbol, and the device any
 
 
 def own_gradient(x):
@@ -44,7 +40,7 @@ def own_gradient(x):
   XLA computes a sum within whatever reads it. The gradient of the tokens that go from block to block is one, over all
   later blocks: where these are unrolled, each would add it up several times.
   """
-  return _identity(x) if _for_one_cpu(x) else x
+  return _identity(x) if for_one_cpu(x) else x
 
 
 @jax.custom_vjp
