@@ -60,20 +60,14 @@ def main(arguments):
   parser = flags.Parser('launch/benchmark.py', __doc__, 'python launch/benchmark.py --out=runs/benchmark.json')
   parser.add_argument('--out', required=True, metavar='FILE.json', help='where figures go, beside those it has')
   parser.add_argument('--only', metavar='TEXT', help='the row of this name, or rows whose name has this text')
-  parser.add_argument('--against', metavar='FILE.json', help='an earlier --out: shows ratios to it')
+  parser.add_argument('--against', metavar='FILE.json', help='another --out, such as benchmark_torch.py\'s: shows ratios')
   parser.add_argument('--repeats', type=int, default=5, metavar='N', help='calls; their median counts (default 5)')
   parser.add_argument('--profile', metavar='DIR', help='traces for TensorBoard or Perfetto')
   parser.add_argument('--plot', metavar='X.png', help='a picture of what --out has, once it is measured')
   options = parser.parse_args(arguments)
   flags.in_range('--repeats', options.repeats, 1)
-  rows = [options.only] if options.only in ROWS else [name for name in ROWS if (options.only or '') in name]
-  if not rows:
-    raise UserError(f'--only={options.only} is in no row: they are {"; ".join(ROWS)}')
-  path = pathlib.Path(options.out)
-  if path.is_dir():
-    raise UserError(f'--out={path} is a folder: name a file in it, such as {path}/benchmark.json')
-  old, found = read(options.against), read(path if path.exists() else None)
-  output.make_folder(path.parent)
+  rows, old, path = chosen(options.only, ROWS), read(options.against), checked(options.out)
+  found = read(path if path.exists() else None)
   if options.plot:
     if not options.plot.endswith('.png'):
       raise UserError(f'--plot={options.plot}: the picture is a PNG, give a name that ends in .png')
@@ -93,6 +87,23 @@ def main(arguments):
     benchmark_show.plot(found, options.plot, tokens)
 
 
+def chosen(only, rows):
+  """The names of rows that --only asks for."""
+  names = [only] if only in rows else [name for name in rows if (only or '') in name]
+  if not names:
+    raise UserError(f'--only={only} is in no row: they are {"; ".join(rows)}')
+  return names
+
+
+def checked(out):
+  """--out as a path, whose folder is there."""
+  path = pathlib.Path(out)
+  if path.is_dir():
+    raise UserError(f'--out={path} is a folder: name a file in it, such as {path}/benchmark.json')
+  output.make_folder(path.parent)
+  return path
+
+
 def read(path):
   """{row: figures} of an earlier run; {} without a path."""
   try:
@@ -109,41 +120,47 @@ def measured(program, repeats, trace=None):
   start = time.monotonic()
   compiled = program.function.lower(*program.arguments).compile()
   compile_seconds, memory = time.monotonic() - start, compiled.memory_analysis()
-  (state, *rest), seconds, rates = program.arguments, [], [product_rate()]
-  for call in range(repeats + 1):  # the first one warms up
-    last = trace and call == repeats
-    with jax.profiler.trace(str(trace)) if last else contextlib.nullcontext():
-      took, out = timed(compiled, state, *rest)
+  state, *rest = program.arguments
+
+  def call():
+    nonlocal state
+    out = jax.block_until_ready(compiled(state, *rest))
     state = out[0] if program.carries else state
-    seconds += [took] if call else []
-    rates.append(product_rate())
-  rate, median = statistics.median(rates), statistics.median(seconds)
+
+  found = rates(call, multiplied(), program.images, program.flops, repeats, trace)
+  return found | {
+      'compile_seconds': compile_seconds, 'arguments_mib': memory.argument_size_in_bytes / 2**20,
+      'temporaries_mib': memory.temp_size_in_bytes / 2**20,
+      'output_mib': (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**20}
+
+
+def rates(call, multiply, images, flops_of_image, repeats, trace=None):
+  """{name: number} of a call that makes so many images, between calls of `multiply`, a product of PRODUCT matrices."""
+  seconds, rates = [], [product_rate(multiply)]
+  for i in range(repeats + 1):  # the first one warms up
+    with jax.profiler.trace(str(trace)) if trace and i == repeats else contextlib.nullcontext():
+      took = benchmark_input.timed(call)
+    seconds += [took] if i else []
+    rates.append(product_rate(multiply))
+  rate, median, operations = statistics.median(rates), statistics.median(seconds), images * flops_of_image
   return {
-      'seconds': median, 'images_per_second': program.images / median, 'gflops': program.images * program.flops / 1e9,
-      'gflops_per_second': program.images * program.flops / median / 1e9, 'product_gflops_per_second': rate / 1e9,
-      'share_of_product': program.images * program.flops / median / rate, 'compile_seconds': compile_seconds,
-      'arguments_mib': memory.argument_size_in_bytes / 2**20, 'temporaries_mib': memory.temp_size_in_bytes / 2**20,
-      'output_mib': (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**20, 'machine': machine()}
-
-
-def timed(function, *arguments):
-  """(seconds, result) of a call."""
-  start = time.monotonic()
-  out = jax.block_until_ready(function(*arguments))
-  return time.monotonic() - start, out
+      'seconds': median, 'images_per_second': images / median, 'gflops': operations / 1e9,
+      'gflops_per_second': operations / median / 1e9, 'product_gflops_per_second': rate / 1e9,
+      'share_of_product': operations / median / rate, 'machine': machine()}
 
 
 @functools.cache
-def _product():
+def multiplied():
+  """A function that multiplies two matrices, and waits."""
   matrix = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT))
   compiled = jax.jit(lambda a: a @ a).lower(matrix).compile()
   compiled(matrix).block_until_ready()
-  return compiled, matrix
+  return lambda: compiled(matrix).block_until_ready()
 
 
-def product_rate():
+def product_rate(multiply):
   """FLOP/s of a float32 matrix product, the best of three."""
-  return 2 * PRODUCT**3 / min(timed(*_product())[0] for _ in range(3))
+  return 2 * PRODUCT**3 / min(benchmark_input.timed(multiply) for _ in range(3))
 
 
 def machine():
@@ -192,6 +209,10 @@ def images_of(tokenizer, batch):
           'label': jnp.asarray(rng.integers(0, 10, batch), jnp.int32)}
 
 
+def tokens_of(tokenizer, batch):
+  return jax.random.randint(jax.random.key(0), (batch, tokenizer.pyramid.length), 0, tokenizer.codes)
+
+
 def encode(batch, file=SMALL):
   _, tokenizer, params = tokenizer_of(file)
   apply = lambda params, x: tokenizer.apply({'params': params}, x, method='encode')
@@ -202,7 +223,7 @@ def encode(batch, file=SMALL):
 def decode(batch, file=SMALL):
   _, tokenizer, params = tokenizer_of(file)
   apply = lambda params, x: tokenizer.apply({'params': params}, x, method='decode')
-  tokens = jnp.zeros((batch, tokenizer.pyramid.length), jnp.int32)
+  tokens = tokens_of(tokenizer, batch)
   return Program(jax.jit(apply), (params, tokens), batch, flops.counted(apply, params, tokens[:1]))
 
 
@@ -229,8 +250,7 @@ def generator_step(depth, batch, file=SMALL):
   """On tokens: the encoder's time is a row of its own."""
   config, generator, tokenizer, params = generator_of(file, depth)
   stage = GeneratorStage(config, generator, tokenizer, params['tokenizer'], '', 1000)
-  length = tokenizer.pyramid.length
-  return step(stage, batch, {'tokens': jnp.zeros((batch, length), jnp.int32), 'label': jnp.zeros(batch, jnp.int32)})
+  return step(stage, batch, {'tokens': tokens_of(tokenizer, batch), 'label': jnp.zeros(batch, jnp.int32)})
 
 
 def tokenizer_step(batch, file=SMALL):

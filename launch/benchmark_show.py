@@ -7,8 +7,8 @@ BY_BATCH = {batch: f'sample d16, batch {batch}' for batch in (1, 4, 16)}
 
 
 def table(found, old):
-  """Markdown: a row for each program."""
-  lines = ['| | images/s | GFLOP/s | of the product | memory | compile |' + (' than before |' if old else ''),
+  """Markdown: a row for each program; ratio: how many times as fast as in the old figures, where these have it."""
+  lines = ['| | images/s | GFLOP/s | of the product | memory | compile |' + (' ratio |' if old else ''),
            '|---|---|---|---|---|---|' + ('---|' if old else '')]
   for name, row in found.items():
     if 'gflops' not in row:
@@ -16,9 +16,13 @@ def table(found, old):
                f'{row["share_beyond_step"]:.0%} beyond the step')
       lines.append(f'| {name} | {row["images_per_second"]:.0f} | | {share} | | |'.replace('%', ' %') + ' |' * bool(old))
       continue
-    memory = (row['arguments_mib'] + row['temporaries_mib'] + row['output_mib']) / 1024
     line = (f'| {name} | {row["images_per_second"]:.3g} | {row["gflops_per_second"]:.0f} | '
-            f'{row["share_of_product"]:.0%} | {memory:.2f} GiB | {row["compile_seconds"]:.0f} s |')
+            f'{row["share_of_product"]:.0%} | ')
+    if 'compile_seconds' in row:
+      memory = (row['arguments_mib'] + row['temporaries_mib'] + row['output_mib']) / 1024
+      line += f'{memory:.2f} GiB | {row["compile_seconds"]:.0f} s |'
+    else:
+      line += '| |'
     if old:
       line += f' {old[name]["seconds"] / row["seconds"]:.2f}x |' if name in old else ' |'
     lines.append(line.replace('%', ' %'))

@@ -43,7 +43,7 @@ def test_rows_are_kept_and_compared(tmp_path, capsys, monkeypatch):
   capsys.readouterr()
   benchmark.main([f'--out={new}', '--only=two', f'--against={old}', '--repeats=1', f'--profile={tmp_path}/trace'])
   lines = capsys.readouterr().out.splitlines()
-  assert len(lines) == 3 and 'than before' in lines[0] and float(lines[2].split('|')[-2].strip(' x')) > 3
+  assert len(lines) == 3 and 'ratio' in lines[0] and float(lines[2].split('|')[-2].strip(' x')) > 3
   assert list((tmp_path / 'trace/two').rglob('*.xplane.pb'))
 
 
@@ -56,6 +56,19 @@ def test_nonsense_is_refused(tmp_path, arguments, word):
   (tmp_path / 'list.json').write_text('[1]')
   with pytest.raises(UserError, match=word):
     benchmark.main([f'--out={tmp_path}/x.json', *(argument.replace('{tmp}', str(tmp_path)) for argument in arguments)])
+
+
+def test_comparison_needs_pytorch_and_says_so(tmp_path, monkeypatch):
+  import benchmark_torch
+  assert benchmark_torch.ROWS.keys() <= benchmark.ROWS.keys()  # or --against would find nothing to compare
+  monkeypatch.setattr(benchmark_torch, 'torch', None)
+  with pytest.raises(UserError, match='pip install'):
+    benchmark_torch.main([f'--out={tmp_path}/x.json'])
+
+
+def test_rows_without_memory_are_shown():
+  found = benchmark.rates(lambda: None, lambda: None, 2, 1e9, repeats=1)
+  assert benchmark.benchmark_show.table({'torch': found}, {}).endswith(' % | | |')
 
 
 def test_digits_row_is_the_real_program():
