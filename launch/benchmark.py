@@ -60,7 +60,7 @@ def main(arguments):
   parser = flags.Parser('launch/benchmark.py', __doc__, 'python launch/benchmark.py --out=runs/benchmark.json')
   parser.add_argument('--out', required=True, metavar='FILE.json', help='where figures go, beside those it has')
   parser.add_argument('--only', metavar='TEXT', help='the row of this name, or rows whose name has this text')
-  parser.add_argument('--against', metavar='FILE.json', help='another --out, such as benchmark_torch.py\'s: shows ratios')
+  parser.add_argument('--against', metavar='FILE.json', help='an earlier --out, or one of benchmark_torch.py')
   parser.add_argument('--repeats', type=int, default=5, metavar='N', help='calls; their median counts (default 5)')
   parser.add_argument('--profile', metavar='DIR', help='traces for TensorBoard or Perfetto')
   parser.add_argument('--plot', metavar='X.png', help='a picture of what --out has, once it is measured')
