@@ -112,7 +112,7 @@ def read(path):
       raise ValueError('no rows of figures')
     return found
   except (OSError, ValueError) as error:
-    raise UserError(f'cannot read {path} ({error}): give the --out of an earlier run') from error
+    raise UserError(f'{path} has no figures of an earlier run ({error}): name another file') from error
 
 
 def measured(program, repeats, trace=None):

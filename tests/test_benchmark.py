@@ -48,9 +48,9 @@ def test_rows_are_kept_and_compared(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('arguments, word', [
-    (['--only=nothing'], 'is in no row'), (['--repeats=0'], '--repeats'), (['--against=no.json'], 'cannot read'),
+    (['--only=nothing'], 'is in no row'), (['--repeats=0'], '--repeats'), (['--against=no.json'], 'no figures'),
     (['--plot=x.svg'], 'ends in .png'), (['--plot=/proc/none/x.png'], '--plot'), (['--out=.'], 'is a folder'),
-    (['--profile=setup.py'], '--profile'), (['--against=experiments/pods.jsonl'], 'cannot read'),
+    (['--profile=setup.py'], '--profile'), (['--against=experiments/pods.jsonl'], 'no figures'),
     (['--against={tmp}/list.json'], 'no rows')])
 def test_nonsense_is_refused(tmp_path, arguments, word):
   (tmp_path / 'list.json').write_text('[1]')

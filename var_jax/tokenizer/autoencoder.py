@@ -22,10 +22,30 @@ class Norm(nn.Module):
   groups: int = 32
 
   @nn.compact
-  def __call__(self, x):
-    groups = math.gcd(self.groups, x.shape[-1])
-    norm = nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name='norm')
-    return norm(x).astype(x.dtype)
+  def __call__(self, x_BxHxWxC):
+    groups = math.gcd(self.groups, x_BxHxWxC.shape[-1])
+    return GroupNorm(groups, name='norm')(x_BxHxWxC.astype(jnp.float32)).astype(x_BxHxWxC.dtype)
+
+
+class GroupNorm(nn.Module):
+  """Over the positions and channels of each group. flax's takes twice as long on a CPU, which adds up few channels."""
+
+  groups: int
+
+  @nn.compact
+  def __call__(self, x_BxHxWxC):
+    C = x_BxHxWxC.shape[-1]
+    scale_C = self.param('scale', nn.initializers.ones, (C,), jnp.float32)
+    bias_C = self.param('bias', nn.initializers.zeros, (C,), jnp.float32)
+    centred_BxHxWxC = x_BxHxWxC - self._mean(x_BxHxWxC)
+    variance_Bx1x1xC = self._mean(centred_BxHxWxC * centred_BxHxWxC)
+    return centred_BxHxWxC * (jax.lax.rsqrt(variance_Bx1x1xC + 1e-6) * scale_C) + bias_C
+
+  def _mean(self, x_BxHxWxC):
+    """(B, 1, 1, C): of each channel's group, from the means of its channels."""
+    B, _, _, C = x_BxHxWxC.shape
+    means_BxGx1 = x_BxHxWxC.mean((1, 2)).reshape(B, self.groups, -1).mean(-1, keepdims=True)
+    return jnp.broadcast_to(means_BxGx1, (B, self.groups, C // self.groups)).reshape(B, 1, 1, C)
 
 
 def conv(features, size, dtype, name, train=False, **options):
