@@ -40,6 +40,7 @@ from var_jax.stages.tokenizer import TokenizerStage
 
 SMALL, DIGITS = 'experiments/imagenet256.py', 'experiments/digits.py'
 PRODUCT = 2048  # side of the square matrices
+OURS = 'var_jax'
 SCALES = {128: (1, 2, 3, 4, 5, 6, 8), 256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 
 
@@ -66,8 +67,10 @@ def main(arguments):
   parser.add_argument('--plot', metavar='X.png', help='a picture of what --out has, once it is measured')
   options = parser.parse_args(arguments)
   flags.in_range('--repeats', options.repeats, 1)
-  rows, old, path = chosen(options.only, ROWS), read(options.against), checked(options.out)
-  found = read(path if path.exists() else None)
+  rows, old = chosen(options.only, ROWS), read(options.against)
+  if options.against and not old.keys() & set(rows):
+    raise UserError(f'--against={options.against} has none of the rows to measure: it has {"; ".join(old)}')
+  path, found = begun(options.out, OURS)
   if options.plot:
     if not options.plot.endswith('.png'):
       raise UserError(f'--plot={options.plot}: the picture is a PNG, give a name that ends in .png')
@@ -95,20 +98,24 @@ def chosen(only, rows):
   return names
 
 
-def checked(out):
-  """--out as a path, whose folder is there."""
+def begun(out, by):
+  """(--out as a path, whose folder is there, figures that it has). UserError where those are of another library."""
   path = pathlib.Path(out)
   if path.is_dir():
     raise UserError(f'--out={path} is a folder: name a file in it, such as {path}/benchmark.json')
+  found = read(path if path.exists() else None)
+  others = {row.get('by', OURS) for row in found.values()} - {by}
+  if others:
+    raise UserError(f'--out={path} has figures of {", ".join(others)}, these are of {by}: name another file')
   output.make_folder(path.parent)
-  return path
+  return path, found
 
 
 def read(path):
   """{row: figures} of an earlier run; {} without a path."""
   try:
     found = json.loads(pathlib.Path(path).read_text()) if path else {}
-    if not isinstance(found, dict) or not all(isinstance(row, dict) for row in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(row, dict) and 'seconds' in row for row in found.values()):
       raise ValueError('no rows of figures')
     return found
   except (OSError, ValueError) as error:
@@ -127,30 +134,30 @@ def measured(program, repeats, trace=None):
     out = jax.block_until_ready(compiled(state, *rest))
     state = out[0] if program.carries else state
 
-  found = rates(call, multiplied(), program.images, program.flops, repeats, trace)
+  found = rates(call, multiplier(), program.images, program.flops, repeats, trace)
   return found | {
       'compile_seconds': compile_seconds, 'arguments_mib': memory.argument_size_in_bytes / 2**20,
       'temporaries_mib': memory.temp_size_in_bytes / 2**20,
       'output_mib': (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**20}
 
 
-def rates(call, multiply, images, flops_of_image, repeats, trace=None):
-  """{name: number} of a call that makes so many images, between calls of `multiply`, a product of PRODUCT matrices."""
-  seconds, rates = [], [product_rate(multiply)]
+def rates(call, multiply, images, flops_of_image, repeats, trace=None, by=OURS):
+  """{name: figure} of a call that makes so many images, between calls of `multiply`, a product of PRODUCT matrices."""
+  seconds, products = [], [product_rate(multiply)]
   for i in range(repeats + 1):  # the first one warms up
     with jax.profiler.trace(str(trace)) if trace and i == repeats else contextlib.nullcontext():
       took = benchmark_input.timed(call)
     seconds += [took] if i else []
-    rates.append(product_rate(multiply))
-  rate, median, operations = statistics.median(rates), statistics.median(seconds), images * flops_of_image
+    products.append(product_rate(multiply))
+  rate, median, operations = statistics.median(products), statistics.median(seconds), images * flops_of_image
   return {
       'seconds': median, 'images_per_second': images / median, 'gflops': operations / 1e9,
       'gflops_per_second': operations / median / 1e9, 'product_gflops_per_second': rate / 1e9,
-      'share_of_product': operations / median / rate, 'machine': machine()}
+      'share_of_product': operations / median / rate, 'machine': machine(), 'by': by}
 
 
 @functools.cache
-def multiplied():
+def multiplier():
   """A function that multiplies two matrices, and waits."""
   matrix = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT))
   compiled = jax.jit(lambda a: a @ a).lower(matrix).compile()

@@ -16,6 +16,7 @@ import functools
 import json
 
 import benchmark
+import jax
 import numpy as np
 
 from var_jax import flops, progress
@@ -25,9 +26,10 @@ from var_jax.interop import published
 
 try:
   import torch
-  import torch_networks
 except ModuleNotFoundError:
   torch = None
+else:
+  import torch_networks
 
 
 def main(arguments):
@@ -37,55 +39,57 @@ def main(arguments):
   parser.add_argument('--repeats', type=int, default=5, metavar='N', help='calls; their median counts (default 5)')
   options = parser.parse_args(arguments)
   flags.in_range('--repeats', options.repeats, 1)
-  rows, path = benchmark.chosen(options.only, ROWS), benchmark.checked(options.out)
-  found = benchmark.read(path if path.exists() else None)
   if torch is None:
     raise UserError("this times PyTorch, which is not installed: pip install 'var_jax[torch]'")
+  if jax.default_backend() != 'cpu':
+    raise UserError('PyTorch is timed on the CPU alone: set JAX_PLATFORMS=cpu for both')
+  rows, by = benchmark.chosen(options.only, ROWS), f'PyTorch {torch.__version__}'
+  path, found = benchmark.begun(options.out, by)
   matrix = torch.randn(benchmark.PRODUCT, benchmark.PRODUCT)
   for name in progress.bar(rows, title='benchmark', unit='row'):
     call, images, operations = ROWS[name]()
-    found[name] = benchmark.rates(call, lambda: matrix @ matrix, images, operations, options.repeats)
+    found[name] = benchmark.rates(call, lambda: matrix @ matrix, images, operations, options.repeats, by=by)
     output.save_text(path, json.dumps(found, indent=1) + '\n')
   print(benchmark.benchmark_show.table({name: found[name] for name in rows}, {}))
 
 
 def tensors(params, names):
   """Ours in the published layouts, convolutions' kernels with their channels last in memory."""
-  made = {name: torch.tensor(x) for name, x in published.to_published(params, names).items()}
+  made = {name: torch.tensor(np.ascontiguousarray(x)) for name, x in published.to_published(params, names).items()}
   return {name: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for name, x in made.items()}
 
 
-def tokenizer_of():
+def tokenizer_with_tensors(file):
   """(Tokenizer, its tensors)."""
-  _, tokenizer, params = benchmark.tokenizer_of(benchmark.SMALL)
+  _, tokenizer, params = benchmark.tokenizer_of(file)
   return tokenizer, tensors(params, published.tokenizer_names(params))
 
 
-def encode(batch):
-  tokenizer, w = tokenizer_of()
+def encode(batch, file=benchmark.SMALL):
+  tokenizer, w = tokenizer_with_tensors(file)
   image = torch.tensor(np.asarray(benchmark.images_of(tokenizer, batch)['image'])).permute(0, 3, 1, 2)
-  program = benchmark.encode(batch)
+  program = benchmark.encode(batch, file)
   return torch.inference_mode()(lambda: torch_networks.encode(w, image, tokenizer.pyramid)), batch, program.flops
 
 
-def decode(batch):
-  tokenizer, w = tokenizer_of()
+def decode(batch, file=benchmark.SMALL):
+  tokenizer, w = tokenizer_with_tensors(file)
   tokens = torch.tensor(np.asarray(benchmark.tokens_of(tokenizer, batch))).split(tokenizer.pyramid.sizes, dim=1)
-  program = benchmark.decode(batch)
+  program = benchmark.decode(batch, file)
   return torch.inference_mode()(lambda: torch_networks.decode(w, tokens, tokenizer.pyramid)), batch, program.flops
 
 
-def sample(depth, batch):
-  config, generator, tokenizer, params = benchmark.generator_of(benchmark.SMALL, depth)
-  w = tensors(params['generator'], published.generator_names(params['generator'])) | tokenizer_of()[1]
+def sample(depth, batch, file=benchmark.SMALL):
+  config, generator, tokenizer, params = benchmark.generator_of(file, depth)
+  w = tensors(params['generator'], published.generator_names(params['generator'])) | tokenizer_with_tensors(file)[1]
   labels = torch.zeros(batch, dtype=torch.int64)
   draw = functools.partial(torch_networks.sample, w, labels, tokenizer.pyramid, 1.5, config.sample.top_k,
                            config.sample.top_p)
   return torch.inference_mode()(draw), batch, flops.sample(generator, tokenizer, params['tokenizer'])
 
 
-def generator_step(depth, batch):
-  config, generator, tokenizer, params = benchmark.generator_of(benchmark.SMALL, depth)
+def generator_step(depth, batch, file=benchmark.SMALL):
+  config, generator, tokenizer, params = benchmark.generator_of(file, depth)
   w = tensors(params['generator'], published.generator_names(params['generator']))
   w = {name: x.requires_grad_() for name, x in w.items()}
   optimizer = torch.optim.AdamW(w.values(), lr=1e-4, betas=tuple(config.optimizer.betas), fused=True)
@@ -100,7 +104,7 @@ def generator_step(depth, batch):
     optimizer.step()
     optimizer.zero_grad()
 
-  return step, batch, benchmark.generator_step(depth, batch).flops
+  return step, batch, benchmark.generator_step(depth, batch, file).flops
 
 
 ROWS = {

@@ -149,8 +149,8 @@ def logits(w, labels_B, teacher_BxMxC, pyramid):
   return transformer(w, x, labels_B, mask_LxL)
 
 
-def draw(logits_BxlxV, top_k, top_p):
-  """(B, l) tokens, drawn as the published code does: top_k first, then top_p of what is left, by sorting."""
+def likely(logits_BxlxV, top_k, top_p):
+  """Logits with -inf for all but the top_k, and then top_p of what is left, by sorting as the published code does."""
   if top_k:
     least = logits_BxlxV.topk(top_k, largest=True, sorted=False).values.amin(-1, keepdim=True)
     logits_BxlxV = logits_BxlxV.masked_fill(logits_BxlxV < least, -torch.inf)
@@ -159,8 +159,7 @@ def draw(logits_BxlxV, top_k, top_p):
     drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
     drop[..., -1] = False
     logits_BxlxV = logits_BxlxV.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
-  weights = logits_BxlxV.softmax(-1)
-  return torch.multinomial(weights.flatten(0, 1), 1).view(weights.shape[:2])
+  return logits_BxlxV
 
 
 def sample(w, labels_B, pyramid, cfg, top_k, top_p):
@@ -173,7 +172,9 @@ def sample(w, labels_B, pyramid, cfg, top_k, top_p):
     t = cfg * k / (len(pyramid) - 1)
     with_class, without = transformer(w, x + place(w, pyramid, pyramid.slices[k]), labels_2B, None, caches).chunk(2)
     found.append((1 + t) * with_class - t * without)
-    total = total + expand(w, draw(found[k], top_k, top_p), k, pyramid)
+    weights = likely(found[k], top_k, top_p).softmax(-1)
+    tokens_Bxl = torch.multinomial(weights.flatten(0, 1), 1).view(weights.shape[:2])
+    total = total + expand(w, tokens_Bxl, k, pyramid)
     if k + 1 < len(pyramid):
       x = linear(w, 'word_embed', shrink(total, k + 1, pyramid).flatten(2).transpose(1, 2)).repeat(2, 1, 1)
   return found, to_image(w, total)

@@ -51,9 +51,12 @@ def test_rows_are_kept_and_compared(tmp_path, capsys, monkeypatch):
     (['--only=nothing'], 'is in no row'), (['--repeats=0'], '--repeats'), (['--against=no.json'], 'no figures'),
     (['--plot=x.svg'], 'ends in .png'), (['--plot=/proc/none/x.png'], '--plot'), (['--out=.'], 'is a folder'),
     (['--profile=setup.py'], '--profile'), (['--against=experiments/pods.jsonl'], 'no figures'),
-    (['--against={tmp}/list.json'], 'no rows')])
+    (['--against={tmp}/list.json'], 'no rows'), (['--against={tmp}/other.json'], 'no rows'),
+    (['--against={tmp}/torch.json'], 'none of the rows'), (['--out={tmp}/torch.json'], 'figures of PyTorch')])
 def test_nonsense_is_refused(tmp_path, arguments, word):
   (tmp_path / 'list.json').write_text('[1]')
+  (tmp_path / 'other.json').write_text('{"encode, batch 4": {"x": 1}}')
+  (tmp_path / 'torch.json').write_text('{"a row": {"seconds": 1, "by": "PyTorch"}}')
   with pytest.raises(UserError, match=word):
     benchmark.main([f'--out={tmp_path}/x.json', *(argument.replace('{tmp}', str(tmp_path)) for argument in arguments)])
 

@@ -28,7 +28,7 @@ class Norm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-  """Over the positions and channels of each group. flax's takes twice as long on a CPU, which adds up few channels."""
+  """Over positions and each group's channels; flax's takes twice as long on a CPU, for it adds up a few at a time."""
 
   groups: int
 
