@@ -40,7 +40,6 @@ from var_jax.stages.tokenizer import TokenizerStage
 
 SMALL, DIGITS = 'experiments/imagenet256.py', 'experiments/digits.py'
 PRODUCT = 2048  # side of the square matrices
-OURS = 'var_jax'
 SCALES = {128: (1, 2, 3, 4, 5, 6, 8), 256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 
 
@@ -67,10 +66,10 @@ def main(arguments):
   parser.add_argument('--plot', metavar='X.png', help='a picture of what --out has, once it is measured')
   options = parser.parse_args(arguments)
   flags.in_range('--repeats', options.repeats, 1)
-  rows, old = chosen(options.only, ROWS), read(options.against)
+  rows, old = chosen(options.only, ROWS), benchmark_show.read(options.against)
   if options.against and not old.keys() & set(rows):
     raise UserError(f'--against={options.against} has none of the rows to measure: it has {"; ".join(old)}')
-  path, found = begun(options.out, OURS)
+  path, found = benchmark_show.begun(options.out, benchmark_show.OURS)
   if options.plot:
     if not options.plot.endswith('.png'):
       raise UserError(f'--plot={options.plot}: the picture is a PNG, give a name that ends in .png')
@@ -98,30 +97,6 @@ def chosen(only, rows):
   return names
 
 
-def begun(out, by):
-  """(--out as a path, whose folder is there, figures that it has). UserError where those are of another library."""
-  path = pathlib.Path(out)
-  if path.is_dir():
-    raise UserError(f'--out={path} is a folder: name a file in it, such as {path}/benchmark.json')
-  found = read(path if path.exists() else None)
-  others = {row.get('by', OURS) for row in found.values()} - {by}
-  if others:
-    raise UserError(f'--out={path} has figures of {", ".join(others)}, these are of {by}: name another file')
-  output.make_folder(path.parent)
-  return path, found
-
-
-def read(path):
-  """{row: figures} of an earlier run; {} without a path."""
-  try:
-    found = json.loads(pathlib.Path(path).read_text()) if path else {}
-    if not isinstance(found, dict) or not all(isinstance(row, dict) and 'seconds' in row for row in found.values()):
-      raise ValueError('no rows of figures')
-    return found
-  except (OSError, ValueError) as error:
-    raise UserError(f'{path} has no figures of an earlier run ({error}): name another file') from error
-
-
 def measured(program, repeats, trace=None):
   """{name: number} of one program; the machine's rate is taken before and after each call."""
   start = time.monotonic()
@@ -141,7 +116,7 @@ def measured(program, repeats, trace=None):
       'output_mib': (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**20}
 
 
-def rates(call, multiply, images, flops_of_image, repeats, trace=None, by=OURS):
+def rates(call, multiply, images, flops_of_image, repeats, trace=None, by=benchmark_show.OURS):
   """{name: figure} of a call that makes so many images, between calls of `multiply`, a product of PRODUCT matrices."""
   seconds, products = [], [product_rate(multiply)]
   for i in range(repeats + 1):  # the first one warms up

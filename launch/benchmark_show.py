@@ -1,9 +1,38 @@
-"""The figures of benchmark.py as a table and as a picture."""
+"""The figures of benchmark.py: in files, as a table and as a picture."""
 
+import json
+import pathlib
+
+from var_jax.commands import output
 from var_jax.errors import UserError
 
+OURS = 'var_jax'
 BY_SIZE = {128: 'sample d16, batch 1, 128 px', 256: 'sample d16, batch 1', 512: 'sample d16, batch 1, 512 px'}
 BY_BATCH = {batch: f'sample d16, batch {batch}' for batch in (1, 4, 16)}
+
+
+def begun(out, by):
+  """(--out as a path, whose folder is there, figures that it has). UserError where those are of another library."""
+  path = pathlib.Path(out)
+  if path.is_dir():
+    raise UserError(f'--out={path} is a folder: name a file in it, such as {path}/benchmark.json')
+  found = read(path if path.exists() else None)
+  others = {row.get('by', OURS) for row in found.values()} - {by}
+  if others:
+    raise UserError(f'--out={path} has figures of {", ".join(others)}, these are of {by}: name another file')
+  output.make_folder(path.parent)
+  return path, found
+
+
+def read(path):
+  """{row: figures} of an earlier run; {} without a path."""
+  try:
+    found = json.loads(pathlib.Path(path).read_text()) if path else {}
+    if not isinstance(found, dict) or not all(isinstance(row, dict) and 'seconds' in row for row in found.values()):
+      raise ValueError('no rows of figures')
+    return found
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} has no figures of an earlier run ({error}): name another file') from error
 
 
 def table(found, old):

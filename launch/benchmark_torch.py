@@ -3,8 +3,8 @@
 python launch/benchmark_torch.py --out=runs/torch.json
 python launch/benchmark.py --out=runs/benchmark.json --against=runs/torch.json
 Rows have the names, sizes and formulas of launch/benchmark.py, and their share is one of PyTorch's own product of
-2048x2048 matrices. PyTorch runs as it does without being told otherwise (no torch.compile), convolutions in the faster
-of its two layouts (channels last) and AdamW in its fused form. Needs PyTorch: pip install 'var_jax[torch]'
+2048x2048 matrices. Convolutions are in the faster of its two layouts (channels last), AdamW is fused, pages are huge;
+torch.compile is left out. Needs PyTorch: pip install 'var_jax[torch]'
 """
 
 if __name__ == '__main__':
@@ -44,7 +44,7 @@ def main(arguments):
   if jax.default_backend() != 'cpu':
     raise UserError('PyTorch is timed on the CPU alone: set JAX_PLATFORMS=cpu for both')
   rows, by = benchmark.chosen(options.only, ROWS), f'PyTorch {torch.__version__}'
-  path, found = benchmark.begun(options.out, by)
+  path, found = benchmark.benchmark_show.begun(options.out, by)
   matrix = torch.randn(benchmark.PRODUCT, benchmark.PRODUCT)
   for name in progress.bar(rows, title='benchmark', unit='row'):
     call, images, operations = ROWS[name]()

@@ -1,5 +1,6 @@
 """Resize, quantizer and autoencoder against the published implementation."""
 
+import flax.linen as nn
 import golden_files
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from published_models import nhwc
 from var_jax.errors import UserError
 from var_jax.pyramid import Pyramid
 from var_jax.tokenizer import resize
+from var_jax.tokenizer.autoencoder import GroupNorm
 from var_jax.tokenizer.quantizer import MultiScaleQuantizer
 
 
@@ -99,3 +101,14 @@ def test_pyramid_that_does_not_end_in_the_latent_size_is_an_error():
 def test_senseless_scales_are_an_error(scales):
   with pytest.raises(UserError, match='scales must'):
     Pyramid.of(scales)
+
+
+def test_group_norm_and_its_gradient_are_flax_s():
+  """The mean is not followed through the variance, and sums go channel by channel: neither may change anything."""
+  x, cotangent = np.random.default_rng(0).normal(2, 3, (2, 3, 4, 5, 12)).astype(np.float32)
+  flax_s = nn.GroupNorm(4, epsilon=1e-6, use_fast_variance=False)
+  params = {'scale': jnp.linspace(-1, 2, 12), 'bias': jnp.linspace(0, 1, 12)}
+  run = lambda module: jax.vjp(lambda params, x: module.apply({'params': params}, x), params, x)
+  (ours, back), (wanted, wanted_back) = run(GroupNorm(4)), run(flax_s)
+  jax.tree.map(lambda found, desired: assert_close(found, desired, 1e-5),
+               (ours, back(cotangent)), (wanted, wanted_back(cotangent)))
