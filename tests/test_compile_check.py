@@ -202,12 +202,18 @@ def test_sampler_is_lowered_for_gpus(tmp_path):
 
 @pytest.mark.parametrize('options, word', [
     (['--topology=v9:2x2'], 'v4, v5e'), (['--topology=v5e:0x4'], 'is none'), (['--topology=v5e'], 'is none'),
-    (['--topology=v5e:5x77'], 'cannot be had'), (['--per_device=0', '--program=sample'], '--per_device=0')])
+    (['--per_device=0', '--program=sample'], '--per_device=0')])
 def test_nonsense_is_refused(tmp_path, monkeypatch, options, word):
   monkeypatch.setenv('LIBTPU_INIT_ARGS', '')  # which the import would leave set
   monkeypatch.syspath_prepend(ROOT / 'launch')
   with pytest.raises(UserError, match=word):
     __import__('compile_check').main([f'--config={write_experiment(tmp_path)}:generator', *options])
+
+
+def test_topology_that_does_not_exist_is_refused(tmp_path):
+  """In a process of its own: a libtpu that this one loads is not there for those of other tests."""
+  ran = check(f'--config={write_experiment(tmp_path)}:generator', '--topology=v5e:5x77')
+  assert ran.returncode == 2 and 'cannot be had' in ran.stderr, ran.stderr
 
 
 def test_table_shows_what_a_file_of_results_has(tmp_path, monkeypatch, capsys):
