@@ -150,13 +150,14 @@ def make_stage(config, workdir, steps):
     _check_frozen(config, lambda: workdir_lib.tokenizer_shapes(tokenizer))
     initial = lineage.initial_tokenizer(workdir, config, tokenizer)
     return TokenizerStage(config, tokenizer, steps, initial, _lpips(config.loss)), lambda: None
+  from var_jax.generator import attention
   from var_jax.stages.generator import GeneratorStage
 
   place, tokenizer, params = lineage.find_tokenizer(workdir, config.tokenizer)
   generator = workdir_lib.make_generator(config, tokenizer)
-  needs = {'cudnn': 'gpu', 'splash': 'tpu'}.get(config.attention)
-  if needs not in (None, axes.platform()):
-    raise UserError(f'attention={config.attention!r} needs a {needs}, this is a {axes.platform()}: leave it at auto')
+  needs = attention.DEVICES.get(config.attention)
+  if needs and axes.platform() not in needs:
+    raise UserError(f'attention={config.attention!r} needs a {needs[0]}, this is a {axes.platform()}: leave it at auto')
   _check_frozen(config, lambda: workdir_lib.generator_shapes(generator))
   if config.progressive.end and config.progressive.start_scale >= len(generator.pyramid):
     raise UserError(f'progressive.start_scale is {config.progressive.start_scale}, but scales count from 0 to '

@@ -19,6 +19,7 @@ from var_jax.axes import CPU_CACHE
 from var_jax.remat import ATTENTION
 
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'splash')
+DEVICES = {'cudnn': ('gpu', 'cuda'), 'splash': ('tpu',)}  # platforms of those that do not run everywhere
 LEAST_QUERIES = 64  # coarse scales are taken together until there are so many; a mask hides the finer ones among them
 TILE = 128  # splash attention takes lengths that are multiples of it
 
@@ -73,9 +74,9 @@ def chosen(implementation, dtype):
   if implementation != 'auto':
     return implementation
   kind = axes.platform()
-  if kind == 'tpu':
+  if kind in DEVICES['splash']:
     return 'splash'
-  return 'cudnn' if kind in ('gpu', 'cuda') and dtype == jnp.bfloat16 else 'xla'
+  return 'cudnn' if kind in DEVICES['cudnn'] and dtype == jnp.bfloat16 else 'xla'
 
 
 def query_ranges(pyramid):
