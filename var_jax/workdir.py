@@ -61,6 +61,25 @@ def _merged(defaults, settings):
   return defaults | {key: _merged(defaults[key], value) if both(key) else value for key, value in settings.items()}
 
 
+def class_names(workdir):
+  """Names of a workdir's classes in the order of their labels, a tuple of str; None where none are kept."""
+  path = pathlib.Path(workdir) / 'classes.json'
+  try:
+    names = json.loads(path.read_text())
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} cannot be used ({error}): restore it from a copy, or remove it') from None
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise UserError(f'{path} is no list of names: restore it from a copy, or remove it')
+  return tuple(names)
+
+
+def write_class_names(workdir, names):
+  """Writes classes.json, whole or not at all; of several processes the first does."""
+  _write_json(workdir, 'classes.json', list(names))
+
+
 def check_config(workdir, config):
   """Notes on what changes when a run goes on. UserError when it has other settings of the kind that must not change."""
   if not (pathlib.Path(workdir) / 'config.json').exists():
@@ -100,13 +119,17 @@ def alone(workdir):
 
 def write_config(workdir, config):
   """Writes config.json, whole or not at all; of several processes the first does."""
+  _write_json(workdir, 'config.json', json.loads(config.to_json()))
+
+
+def _write_json(workdir, name, content):
   if not processes.is_first():
     return
-  path = pathlib.Path(workdir) / 'config.json'
+  path = pathlib.Path(workdir) / name
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(json.loads(config.to_json()), indent=2) + '\n')
+    temporary.write_text(json.dumps(content, indent=2) + '\n')
     temporary.replace(path)
   except OSError as error:
     raise _cannot_write(workdir, error) from None
