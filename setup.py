@@ -15,6 +15,7 @@ setuptools.setup(
         'absl-py>=2.1',                  # flags behind ml_collections' config overrides
         'array_record>=0.8.1,<0.9',      # the container of prepared tfds data
         'chex>=0.1.90,<0.2',             # shape assertions at module borders
+        'filelock>=3.12',                # jax limits the size of its compile cache with it
         'flatbuffers>=24',               # jax.export serializes with it
         'flax>=0.12,<0.13',
         'grain>=0.2.15,<0.3',            # input pipeline: deterministic random access, parallel workers

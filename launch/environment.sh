@@ -66,6 +66,3 @@ install_var_jax() {
     cksum setup.py > ".venv/installed $1"
   fi
 }
-
-# Compiled programs are kept, so that a second run starts faster.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}

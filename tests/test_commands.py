@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ from tiny_runs import ROOT, SHORT, train_both
 import var_jax
 from var_jax import workdir as workdir_lib
 from var_jax.__main__ import VERBS, main
-from var_jax.commands import flags, script
+from var_jax.commands import compiled, flags, script
 from var_jax.errors import UserError
 
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
@@ -280,3 +281,25 @@ def test_commands_begin_anew_with_huge_pages_once(monkeypatch):
     script.with_huge_pages()
   assert begun == [(sys.executable, [sys.executable, '-m', 'var_jax', 'sample', '--num=1'])]
   assert os.environ['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1'
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(tmp_path):
+  """A second process finds what the first one compiled; an entry that a kill cut short does not stay."""
+  program = 'from var_jax.commands import compiled; compiled.keep(); import jax; jax.jit(lambda x: x + 1)(1)'
+  environ = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'} | {
+      'XDG_CACHE_HOME': str(tmp_path), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PLATFORMS': 'cpu'}
+  entries = lambda: {file: file.stat().st_mtime_ns for file in tmp_path.rglob('*-cache')}
+  subprocess.run([sys.executable, '-c', program], env=environ, check=True)
+  first = entries()
+  assert first
+  torn = next(iter(first)).with_name('jit_torn-1234-cache')
+  torn.write_bytes(b'half')
+  os.utime(torn, (0, 0))
+  subprocess.run([sys.executable, '-c', program], env=environ, check=True)
+  assert entries() == first
+
+
+def test_compile_cache_of_ones_own_is_left_alone(tmp_path):
+  environ = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path)}
+  compiled.keep(environ)
+  assert environ == {'JAX_COMPILATION_CACHE_DIR': str(tmp_path)}

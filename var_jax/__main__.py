@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from var_jax.commands import script
+from var_jax.commands import compiled, script
 from var_jax.errors import UserError
 
 VERBS = {
@@ -43,6 +43,7 @@ def _run(arguments):
 def entry():
   """The console script."""
   script.with_huge_pages()
+  compiled.keep()
   script.run(_run)
 
 

@@ -115,8 +115,11 @@ class Tokenizer(nn.Module):
 
   def decode_every_scale(self, tokens_BxL):
     """(B, L) -> (B, K, H, W, 3) clipped to [-1, 1]: the picture after every scale."""
-    images = [jnp.clip(self.to_image(total), -1, 1) for total in self.quantizer.partial_sums(tokens_BxL)]
-    return jnp.stack(images, axis=1)
+    sums_KxBxHxWxC = jnp.stack(self.quantizer.partial_sums(tokens_BxL))
+    draw = lambda self, carry, latent: (carry, jnp.clip(self.to_image(latent), -1, 1))
+    # One after the other: a single decoder is compiled, and no more memory is taken than for one scale.
+    _, images = nn.scan(draw, variable_broadcast='params', split_rngs={'params': False})(self, None, sums_KxBxHxWxC)
+    return images.swapaxes(0, 1)
 
   def teacher_input(self, tokens_BxL):
     """(B, L) -> (B, L - first scale, C), see `MultiScaleQuantizer.teacher_input`."""

@@ -7,6 +7,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 NO_MESH = Mesh(np.empty((), object), ())  # where each part is computed on its own device
+PIECE = 2**18  # words of an array on the host that are summed at a time: one program serves arrays of all shapes
 
 
 def of(tree):
@@ -15,9 +16,8 @@ def of(tree):
   parts, here = [], []
   with jax.set_mesh(NO_MESH):
     for _, leaf in named:
-      on_device = isinstance(leaf, jax.Array)
-      parts.append(_parts(leaf) if on_device else _slices(np.asarray(leaf)))
-      here.append(not on_device or leaf.is_fully_addressable)
+      here.append(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable)
+      parts.append(list(_pieces(np.asarray(leaf))) if here[-1] and _on_host(leaf) else _parts(leaf))
   sums = np.array([sum(map(int, each)) % 2**32 for each in parts], np.uint32)
   if not all(here):  # one message between the processes: on CPUs they confuse many small ones
     sums = np.where(here, sums, multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32))
@@ -31,19 +31,23 @@ def check(tree, wanted):
       raise ValueError(f'{name} is not what was saved')
 
 
+def _on_host(leaf):
+  return not isinstance(leaf, jax.Array) or [device.platform for device in leaf.devices()] == ['cpu']
+
+
 def _parts(x):
   """The sums of those parts of an array that this process has, copies left out."""
   starts = lambda index: np.array([part.start or 0 for part in index], np.uint32)
   return [_sum(shard.data, starts(shard.index), _strides(x)) for shard in x.addressable_shards if not shard.replica_id]
 
 
-def _slices(x):
-  """The sums of some slices of an array of this process, one after the other: it may be half as large as the memory."""
-  if not x.ndim:
-    return [_sum(x, np.zeros(0, np.uint32), _strides(x))]
-  step = max(1, -(-len(x) // 32))
-  starts = (np.array([start] + [0] * (x.ndim - 1), np.uint32) for start in range(0, len(x), step))
-  return [int(_sum(x[int(start[0]):][:step], start, _strides(x))) for start in starts]
+def _pieces(x):
+  """The sums of the pieces of an array of this process."""
+  x = np.ascontiguousarray(x, jax.dtypes.canonicalize_dtype(x.dtype)).reshape(-1)
+  words = x.view(f'uint{8 * x.dtype.itemsize}')
+  for start in range(0, len(words), PIECE):
+    piece = words[start:start + PIECE].astype(np.uint32, copy=False)
+    yield _sum_of_piece(np.resize(piece, PIECE), np.uint32(start % 2**32), len(piece))
 
 
 def _strides(x):
@@ -62,6 +66,14 @@ def _sum(x, starts, strides):
     place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + starts[axis]
     words += place * strides[axis] * np.uint32(0x9E3779B9)
   return jnp.sum(_mixed(words), dtype=jnp.uint32)
+
+
+@jax.jit
+def _sum_of_piece(words, start, count):
+  """As `_sum`, of the first `count` words of a piece that begins at a place of the whole array."""
+  place = jnp.arange(PIECE, dtype=jnp.uint32)
+  mixed = _mixed(words + (place + start) * np.uint32(0x9E3779B9))
+  return jnp.sum(jnp.where(place < count, mixed, 0), dtype=jnp.uint32)
 
 
 def _mixed(x):

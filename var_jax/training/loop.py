@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from var_jax import progress
+from var_jax import axes, progress
 from var_jax.data import pipeline
 from var_jax.errors import UserError, note
 from var_jax.training import mesh as mesh_lib
@@ -67,7 +67,10 @@ def _first_state(stage, checkpoints, mesh):
   shapes = mesh_lib.placed(jax.eval_shape(stage.init, stage.initial), mesh)
   restored = checkpoints.restore(shapes)
   places = jax.tree.map(lambda x: x.sharding, shapes)
-  state = restored[0] if restored else jax.jit(stage.init, out_shardings=places)(stage.initial)
+  # It runs once: on a CPU optimizing it takes longer than the first hundred steps of a small model.
+  options = {'xla_backend_optimization_level': 0} if axes.platform() == 'cpu' else None
+  init = jax.jit(stage.init, out_shardings=places, compiler_options=options)
+  state = restored[0] if restored else init(stage.initial)
   return state.replace(frozen=mesh_lib.put_state(stage.frozen, mesh))
 
 
