@@ -11,8 +11,9 @@ import pytest
 from tiny_images import encoded, noise
 
 from var_jax.data import sources
+from var_jax.data.arrays import ArraySource
 from var_jax.data.images import UnreadableImage
-from var_jax.data.sources import open_source
+from var_jax.data.sources import identity, open_source
 from var_jax.errors import UserError
 
 
@@ -53,6 +54,54 @@ def test_held_out_images_are_disjoint_complete_and_independent_of_listing(tmp_pa
   walk = sources.os.walk
   monkeypatch.setattr(sources.os, 'walk', lambda top: ((a, b, c[::-1]) for a, b, c in walk(top)))
   assert open_source('folder', tmp_path / 'b', 'validation').names == val.names
+
+
+def test_identity_is_that_of_the_images_and_changes_with_any_of_them(tmp_path):
+  """Whatever is kept from images, such as their tokens, is bound to all of them and not to where they lie."""
+  for place in ('a', 'b'):
+    make_folder(tmp_path / place, ['x', 'y'], 30)
+  of = lambda place: [identity(open_source('folder', tmp_path / place, split)) for split in sources.SPLITS]
+  assert of('a') == of('b') and of('a')[0] != of('a')[1]
+  file, seen = tmp_path / 'a' / 'x' / '8.png', [of('a')]
+  whole = file.read_bytes()
+  changes = {'as_long': lambda: file.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:]),
+             'added': lambda: (tmp_path / 'a' / 'x' / 'new.png').write_bytes(whole),
+             'renamed': lambda: file.rename(file.with_name('800.png')),
+             'removed': file.with_name('800.png').unlink,
+             'class': lambda: (tmp_path / 'a' / 'x').rename(tmp_path / 'a' / 'other')}
+  for name, change in changes.items():
+    change()
+    assert of('a') not in seen, name
+    seen.append(of('a'))
+  assert of('b') == seen[0]
+  long = noise(200, 200, 3)
+  for place in ('a', 'b'):
+    (tmp_path / place / 'y' / 'long.png').write_bytes(encoded(long))
+    long[100, 100] ^= 1
+  assert of('a')[0] != of('b')[0]
+
+
+def test_identity_of_arrays_is_of_every_pixel_and_label():
+  pixels, labels = noise(50, 4, 4, 3), np.arange(50) % 3
+  make = lambda pixels=pixels, labels=labels, names=('a', 'b', 'c'): identity(ArraySource(pixels, labels, names))
+  other, swapped = pixels.copy(), labels.copy()
+  other[20, 1, 1, 1] ^= 1
+  swapped[[1, 2]] = swapped[[2, 1]]
+  found = [make(), make(other), make(labels=swapped), make(names=('a', 'b', 'd')), make(pixels.reshape(50, 2, 8, 3))]
+  assert len(set(found)) == 5 and make() == found[0]
+
+
+def test_total_counts_both_parts(tmp_path):
+  make_folder(tmp_path / 'whole', ['x', 'y'], 40)
+  make_folder(tmp_path / 'parts' / 'train', ['x', 'y'], 5)
+  make_folder(tmp_path / 'parts' / 'val', ['x', 'y'], 2)
+  np.savez(tmp_path / 'a.npz', images=noise(40, 4, 4, 3), labels=np.arange(40) % 2)
+  np.savez(tmp_path / 'b.npz', x_train=noise(40, 4, 4, 3), y_train=np.arange(40) % 2,
+           x_test=noise(7, 4, 4, 3), y_test=np.arange(7) % 2)
+  for kind, path, total in (('folder', 'whole', 80), ('folder', 'parts', 14), ('arrays', 'a.npz', 40),
+                            ('arrays', 'b.npz', 47), ('digits', None, 1797)):
+    found = {open_source(kind, path and tmp_path / path, split).total for split in sources.SPLITS}
+    assert found == {total}, path
 
 
 def test_a_single_image_stays_in_training(tmp_path):

@@ -20,6 +20,10 @@ class ArraySource:
   images: np.ndarray
   labels: np.ndarray
   class_names: tuple
+  total: int = 0  # 0: as many as there are here
+
+  def __post_init__(self):
+    object.__setattr__(self, 'total', self.total or len(self.images))
 
   def __len__(self):
     return len(self.images)
@@ -27,6 +31,12 @@ class ArraySource:
   def __getitem__(self, index):
     image = self.images[index]
     return np.broadcast_to(image, image.shape[:2] + (3,)), int(self.labels[index])
+
+  def contents(self):
+    yield repr(self.images.shape).encode()
+    yield self.labels.astype('<i4').tobytes()
+    for image in self.images:
+      yield image.tobytes()
 
 
 def open_digits(split):
@@ -88,7 +98,7 @@ def _array_source(images, labels, all_labels, rows=None):
   labels = labels.reshape(-1).astype(np.int32)
   if rows is not None:
     images, labels = images[rows], labels[rows]
-  return ArraySource(images, labels, tuple(str(name) for name in range(int(all_labels.max()) + 1)))
+  return ArraySource(images, labels, tuple(str(name) for name in range(int(all_labels.max()) + 1)), all_labels.size)
 
 
 def _permutation(n):

@@ -1,17 +1,20 @@
 """Random-access sources of labelled images: `len(source)`, `source[i] -> (uint8 (H, W, 3), int label)`.
 
-Each has `class_names`, a tuple of str, and can be pickled for grain's worker processes. Which images are held out for
-validation never depends on listing order, seed or process.
+Each has `class_names`, a tuple of str; `total`, the images of training and held-out part together; `contents()`, bytes
+that tell its images from others, for `identity`. Each can be pickled for grain's worker processes. Which images are
+held out for validation never depends on listing order, seed or process.
 """
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 
 import numpy as np
 
 from var_jax.data.arrays import HELD_OUT, open_arrays, open_digits
+from var_jax.data.files import digests
 from var_jax.data.images import read_image
 from var_jax.data.tokens import TokenSource
 from var_jax.errors import UserError, first_line
@@ -60,6 +63,18 @@ def open_source(kind, path=None, split='train', tokens=False):
   return kinds[kind](str(path), split)
 
 
+def identity(source):
+  """12 hexadecimal digits that tell the images, labels and class names of a source from others.
+
+  No image is decoded. The same images have the same digits on every machine and in every folder. Digits change when an
+  image is added, removed, renamed or written anew.
+  """
+  digest = hashlib.sha256(json.dumps([len(source), source.class_names]).encode())
+  for part in source.contents():
+    digest.update(part)
+  return digest.hexdigest()[:12]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
   """Image files root/name, decoded when asked for; `source[i]` raises UnreadableImage for a broken one."""
@@ -67,12 +82,18 @@ class FolderSource:
   names: tuple
   labels: np.ndarray
   class_names: tuple
+  total: int
 
   def __len__(self):
     return len(self.names)
 
   def __getitem__(self, index):
     return read_image(os.path.join(self.root, self.names[index])), int(self.labels[index])
+
+  def contents(self):
+    yield self.labels.astype('<i4').tobytes()
+    yield json.dumps(self.names).encode()
+    yield from digests([os.path.join(self.root, name) for name in self.names])
 
 
 class TfdsSource:
@@ -97,6 +118,9 @@ class TfdsSource:
       self.class_names = tuple(features['label'].names)
       decoders = {'image': tfds.decode.SkipDecoding()}
       self._records = builder.as_data_source(split, decoders=decoders)
+      self._files = [str(file) for file in builder.info.splits[split].filepaths]
+      held_out = 'validation' if 'validation' in builder.info.splits else 'test'
+      self.total = sum(builder.info.splits[part].num_examples for part in ('train', held_out))
     except Exception as error:  # tfds raises its own kinds for missing splits, features, shards and file formats
       raise UserError(f'cannot read split {split!r} of {path}: {first_line(error)}; it needs features image and label, '
                       'prepared with file_format array_record') from error
@@ -112,6 +136,9 @@ class TfdsSource:
   def __reduce__(self):
     return TfdsSource, self._origin
 
+  def contents(self):
+    yield from digests([os.path.join(self._origin[0], 'dataset_info.json'), *self._files])
+
 
 def _open_folder(path, split):
   """path/train/CLASS/**/*.jpg, or path/CLASS/**/*.jpg; validation from path/val or path/validation, or held out."""
@@ -125,10 +152,11 @@ def _open_folder(path, split):
   classes = _folders(train_root)
   if not classes:
     raise UserError(f'no class folders in {train_root}: sort the images into {train_root}/CLASS/*.jpg')
-  if val_roots and split == 'validation':
-    return _class_folders(val_roots[0], classes, train_root)
-  source = _class_folders(train_root, classes)
-  return source if val_roots else _hold_out(source, split)
+  train = _class_folders(train_root, classes)
+  if not val_roots:
+    return _hold_out(train, split)
+  validation = _class_folders(val_roots[0], classes, train_root)
+  return dataclasses.replace(train if split == 'train' else validation, total=len(train) + len(validation))
 
 
 def _class_folders(root, classes, train_root=None):
@@ -142,7 +170,7 @@ def _class_folders(root, classes, train_root=None):
       raise UserError(f'no images ({", ".join(SUFFIXES)}) in {root / name}: add some or remove the folder')
     names += images
     labels += [label] * len(images)
-  return FolderSource(str(root), tuple(names), np.array(labels, np.int32), tuple(classes))
+  return FolderSource(str(root), tuple(names), np.array(labels, np.int32), tuple(classes), len(names))
 
 
 def _folders(root):
@@ -172,4 +200,4 @@ def _hold_out(source, split):
   if not keep.any():
     raise UserError(f'every class in {source.root} has one image, none can be held out: add more, or a val/ folder')
   names = tuple(name for name, kept in zip(source.names, keep) if kept)
-  return FolderSource(source.root, names, source.labels[keep], source.class_names)
+  return dataclasses.replace(source, names=names, labels=source.labels[keep])
