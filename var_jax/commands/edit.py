@@ -4,7 +4,7 @@ import numpy as np
 
 from var_jax import pictures
 from var_jax.commands import flags, output
-from var_jax.data.images import fit, read_image
+from var_jax.data.images import fit, read_image, read_mask
 from var_jax.errors import UserError
 
 EXAMPLE = ('var-jax edit --workdir=runs/d16 --image=dog.jpg --box=60,60,200,200 --mode=inpaint --label=207 '
@@ -55,11 +55,11 @@ def _inside(options, size):
   if bool(options.box) == bool(options.mask):
     raise UserError('say which part: either --box=y0,x0,y1,x1 or --mask=FILE')
   if options.mask:
-    mask = read_image(options.mask, opaque=True)
-    if mask.shape[:2] != size:
+    mask = read_mask(options.mask)
+    if mask.shape != size:
       raise UserError(f'the mask {options.mask} has {mask.shape[0]}x{mask.shape[1]} pixels, the image {size[0]}x'
                       f'{size[1]}: give a mask of the same size')
-    return mask.mean(axis=-1) > 127
+    return mask
   if len(options.box) != 4:
     raise UserError(f'--box takes four numbers y0,x0,y1,x1, not {len(options.box)}')
   y0, x0, y1, x1 = options.box
