@@ -21,6 +21,7 @@ class ArraySource:
   labels: np.ndarray
   class_names: tuple
   total: int = 0  # 0: as many as there are here
+  notes: tuple = ()
 
   def __post_init__(self):
     object.__setattr__(self, 'total', self.total or len(self.images))
@@ -31,6 +32,9 @@ class ArraySource:
   def __getitem__(self, index):
     image = self.images[index]
     return np.broadcast_to(image, image.shape[:2] + (3,)), int(self.labels[index])
+
+  def sizes(self):
+    return [self.images.shape[1:3]]
 
   def contents(self):
     yield repr(self.images.shape).encode()

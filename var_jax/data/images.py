@@ -16,8 +16,8 @@ from var_jax.errors import UserError
 
 MAX_PIXELS = 178_956_970  # half a gigabyte of RGB; the size at which PIL too refuses by default
 ORIENTATION = 0x0112  # EXIF tag
-# The decoders are called directly: PIL.Image.open would warn through process-wide state and try other formats.
 PNG = b'\x89PNG\r\n\x1a\n'
+# The decoders are called directly: PIL.Image.open would warn through process-wide state and try other formats.
 DECODERS = (
     (b'\xff\xd8\xff', JpegImagePlugin.JpegImageFile),
     (PNG, PngImagePlugin.PngImageFile),

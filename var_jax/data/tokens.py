@@ -28,6 +28,7 @@ class TokenSource:
   fingerprint: of the parameters of the tokenizer that made them; scales: of its pyramid. UserError for a folder that is
   not whole.
   """
+  notes = ()
 
   def __init__(self, path, split):
     from grain.sources import ArrayRecordDataSource
@@ -63,6 +64,9 @@ class TokenSource:
     record = self._records[index]
     tokens_CxL = np.frombuffer(record, token_type(self._codes), offset=4).reshape(self._shape)
     return tokens_CxL.astype(np.int32), int(np.frombuffer(record, np.int32, 1)[0])
+
+  def sizes(self):
+    return []
 
   def contents(self):
     yield from digests([str(pathlib.Path(self._files[0]).with_name(DESCRIPTION)), *self._files])
