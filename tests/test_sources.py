@@ -375,6 +375,45 @@ def test_array_errors_say_what_to_store(tmp_path):
   fails('apt-get install dataset-fashion-mnist', path='/nowhere/datasets/fashion-mnist')
 
 
+@pytest.mark.parametrize('values, words', [
+    ([0, 1, 2_000_000_000, 3], 'label 2000000000 of image 2 .*return_inverse'),
+    (np.array([0, 1, 2**63 + 5, 3], np.uint64), f'label {2**63 + 5} of image 2'),
+    ([0, -1, 1, 2], 'label -1 of image 1 .*leave it out'),
+    ([0.0, np.nan, 1.0, 2.0], 'no whole numbers'), ([0.0, np.inf, 1.0, 2.0], 'label|whole'),
+    (np.eye(4), 'np.argmax'), (np.zeros((2, 2), int), r'shape \(2, 2\)'),
+    (['cat', 'dog', 'cat', 'dog'], 'texts: .*class_names'), (np.zeros(4, complex), 'no whole numbers'),
+    ([], '4 images, labels for 0'), (3, r'shape \(\)')])
+def test_labels_that_are_no_classes_are_refused_by_their_value(tmp_path, values, words):
+  """By the value, and at once: a table of two thousand million class names would fill the memory first."""
+  np.savez(tmp_path / 'a.npz', images=noise(4, 2, 2, 3), labels=values)
+  np.savez(tmp_path / 'b.npz', x_train=noise(4, 2, 2), y_train=np.arange(4), x_test=noise(4, 2, 2), y_test=values)
+  for name in ('a.npz', 'b.npz')[:1 + (np.size(values) > 0)]:
+    with pytest.raises(UserError, match=words) as caught:
+      open_source('arrays', tmp_path / name)
+    assert '\n' not in str(caught.value)
+
+
+def test_labels_of_any_whole_kind_are_labels_and_gaps_are_said(tmp_path):
+  for values in (np.array([1, 2, 3, 4] * 10), np.array([1., 2., 3., 4.] * 10), np.array([[1], [2], [3], [4]] * 10),
+                 np.array([[1, 2, 3, 4] * 10], np.uint8)):
+    np.savez(tmp_path / 'a.npz', images=noise(40, 2, 2), labels=values)
+    sets = [open_source('arrays', tmp_path / 'a.npz', split) for split in sources.SPLITS]
+    assert len(sets[0].class_names) == 5 and sets[0].labels.dtype == np.int32
+    assert 'no training images of 1 of 5 classes, such as label 0: ' in sources.summary(*sets)
+  np.savez(tmp_path / 'a.npz', images=noise(40, 2, 2), labels=np.arange(40) % 2 == 0)
+  assert open_source('arrays', tmp_path / 'a.npz').class_names == ('0', '1')
+
+
+def test_an_npz_may_name_its_classes(tmp_path):
+  write = lambda names: np.savez(tmp_path / 'a.npz', images=noise(40, 2, 2), labels=np.arange(40) % 2, class_names=names)
+  write(['cat', 'dog'])
+  assert open_source('arrays', tmp_path / 'a.npz').class_names == ('cat', 'dog')
+  for names in (['cat'], [1, 2], 'cat'):
+    write(names)
+    with pytest.raises(UserError, match=r'store \(2,\) texts'):
+      open_source('arrays', tmp_path / 'a.npz')
+
+
 def test_unknown_kinds_and_missing_packages_are_explained(tmp_path, monkeypatch):
   with pytest.raises(UserError, match='use one of digits, folder, arrays, tfds'):
     open_source('imagenet', tmp_path)
