@@ -33,9 +33,13 @@ def local(path):
 
 
 def locals_of(text):
-  """'FILE,FILE' with `local` of each; a file whose name has a comma is one when it is there."""
-  whole = local(text) if ',' not in text or URL.match(text) else text
-  return whole if os.path.exists(whole) else ','.join(map(local, whole.split(',')))
+  """'FILE,FILE' with `local` of each."""
+  return ','.join(map(local, split(text)))
+
+
+def split(text):
+  """['FILE', 'FILE'] of 'FILE,FILE'; a file whose name has a comma is one when it is there."""
+  return [text] if URL.match(text) or os.path.exists(text) else text.split(',')
 
 
 def _from_url(text, scheme):
