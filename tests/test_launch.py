@@ -417,6 +417,37 @@ def test_shell_scripts_are_sound(script):
   assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.parametrize('name', sorted(p.name for p in ROOT.glob('launch/*.py') if '__main__' in p.read_text()))
+def test_python_scripts_look_for_the_environment_first(name):
+  """All but the one that a server may have alone."""
+  text = (ROOT / 'launch' / name).read_text()
+  if name != 'run_artifact.py':
+    assert text.index("if __name__ == '__main__':\n  import environment") < text.index('import', text.index('"""', 3))
+
+
+def test_python_scripts_find_the_environment_of_their_repository(tmp_path):
+  """Called by any Python, from any folder. Without one they say what to do."""
+  (tmp_path / 'launch').mkdir()
+  shutil.copy(ROOT / 'launch/environment.py', tmp_path / 'launch')
+  (tmp_path / 'launch/script.py').write_text('import environment')
+  command = [sys.executable, '-S', tmp_path / 'launch/script.py', '--a=b c']  # -S: without what is installed
+  done = subprocess.run(command, cwd='/', capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr.startswith('error: var_jax is not installed')
+  (tmp_path / '.venv/bin').mkdir(parents=True)
+  write_command(tmp_path / '.venv/bin/python', '#!/bin/bash\nprintf "%s\\n" "$@"\n')
+  done = subprocess.run(command, cwd='/', capture_output=True, text=True)
+  assert done.stdout.splitlines() == [f'{tmp_path}/launch/script.py', '--a=b c'] and done.returncode == 0
+
+
+def test_installed_package_has_the_experiments(tmp_path):
+  """They are what `--config=experiments/digits.py` means away from a checkout."""
+  pytest.importorskip('setuptools')
+  subprocess.run([sys.executable, 'setup.py', '--quiet', 'build_py', f'--build-lib={tmp_path}'], cwd=ROOT, check=True,
+                 capture_output=True)
+  packed = {p.name for p in tmp_path.glob('var_jax/experiments/*.py')}
+  assert packed == {p.name for p in ROOT.glob('experiments/*.py')} and 'digits.py' in packed
+
+
 @pytest.fixture(scope='module')
 def job_sets():
   yaml = pytest.importorskip('yaml')
