@@ -159,8 +159,8 @@ def _ended(point, status):
   log = point.workdir / 'log.txt'
   if status == 0:
     (point.workdir / 'finished').touch()
-  elif status not in (130, 143):
-    lines = log.read_text().splitlines()
+  elif not 128 < status < 160:  # 128 + a signal: it was told to stop, and saved
+    lines = log.read_text(encoding='utf-8', errors='replace').splitlines()
     note(f'{point.workdir.name} failed with status {status}: {lines[-1] if lines else "without a word"} (see {log})')
   return status
 

@@ -314,7 +314,7 @@ def test_job_is_submitted(place):
 
 
 @pytest.mark.parametrize('status, state, requeued', [
-    (143, 'RUNNING', True), (75, 'RUNNING', True), (134, 'RUNNING', True),
+    (143, 'RUNNING', True), (75, 'RUNNING', True), (134, 'RUNNING', True), (138, 'RUNNING', True),
     (143, 'CANCELLED', False), (0, 'RUNNING', False),
     (2, 'RUNNING', False), (137, 'RUNNING', False)])
 def test_job_that_was_asked_to_stop_queues_again(place, status, state, requeued):
@@ -397,6 +397,35 @@ def test_pod_gets_what_is_committed(place):
   assert refused(place.pod(train=train)) and not place.calls('gcloud')
   place.commit()
   assert place.pod(train=train).returncode == 0
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--mount=My-Bucket:/mnt/b', 'no capitals'), ('--mount=gs://bucket:/mnt/b', 'without'),
+    ('--mount=bucket:mnt', 'BUCKET:/DIR'), ('--name=' + 'p' * 64, '63 at most')])
+def test_names_that_no_pod_or_bucket_has_are_told_why(place, flag, words):
+  done = place.pod(flag)
+  assert refused(done) and words in done.stderr and not place.calls('gcloud')
+
+
+@pytest.mark.parametrize('name', ['data.path', 'tokenizer', 'start_from', 'loss.lpips_weights', 'measure.inception'])
+def test_files_of_a_pods_training_are_absolute(place, name):
+  """A relative path, or one in the home, is another file on every worker; so is the second of two."""
+  for value in ('runs/t', '~/t', 'gs://b/t', *(['/mnt/a,b'] if 'lpips' in name else [])):
+    done = place.pod(train=[*TRAIN, f'--config.{name}={value}'])
+    assert refused(done) and 'on every worker' in done.stderr
+  assert not place.calls('gcloud')
+  assert place.pod(train=[*TRAIN, f'--config.{name}=/mnt/t']).returncode == 0
+
+
+def test_workdir_in_the_home_of_a_cluster(place, tmp_path):
+  """No shell expands ~ within --workdir=~/w; a pod's workers have homes of their own."""
+  train, home = [TRAIN[0], '--workdir=~/w'], {'HOME': str(tmp_path)}
+  done = place.run('bash', 'launch/slurm.sh', *JOB, '--dry_run', '--', *train, **home)
+  assert done.returncode == 0 and f'mkdir -p {tmp_path}/w' in done.stdout and "'--workdir=~/w'" in done.stdout
+  done = place.pod(train=train)
+  assert refused(done) and 'absolute' in done.stderr
+  done = place.run('bash', 'launch/slurm.sh', *JOB, '--', TRAIN[0], '--workdir=~x/w')
+  assert refused(done) and "another user's home" in done.stderr
 
 
 @pytest.mark.parametrize('script', ['tpu_pod', 'slurm'])
