@@ -9,10 +9,11 @@ setuptools.setup(
     version='0.1.0',
     description='Visual autoregressive modeling (VAR, arXiv 2404.02905) in JAX and Flax',
     python_requires='>=3.11',
-    packages=setuptools.find_packages(include=['var_jax', 'var_jax.*']),
+    packages=[*setuptools.find_packages(include=['var_jax', 'var_jax.*']), 'var_jax.experiments'],
+    package_dir={'var_jax.experiments': 'experiments'},  # which commands find away from a checkout as well
     entry_points={'console_scripts': ['var-jax=var_jax.__main__:entry']},
     install_requires=[
-        'absl-py>=2.1',                  # flags behind ml_collections' config overrides
+        'absl-py>=2.1',                  # whose flags grain asks for its options
         'array_record>=0.8.1,<0.9',      # the container of prepared tfds data
         'chex>=0.1.90,<0.2',             # shape assertions at module borders
         'filelock>=3.12',                # jax limits the size of its compile cache with it

@@ -4,6 +4,9 @@ Goes on where it was stopped: programs that --results has are not compiled again
 hours. --show prints the table of what is there.
 """
 
+if __name__ == '__main__':
+  import environment  # noqa: F401, finds var_jax
+
 import contextlib
 import json
 import pathlib

@@ -37,6 +37,16 @@ positive() {
   echo "${1#*=}"
 }
 
+# local_path PATH: prints it with ~ as the home, which no shell does within --flag=~/x.
+local_path() {
+  # shellcheck disable=SC2088  # that is what is looked for
+  case $1 in
+    '~'|'~/'*) echo "$HOME${1#\~}" ;;
+    '~'*) error "$1 is in another user's home: write its path in full" ;;
+    *) echo "$1" ;;
+  esac
+}
+
 # read_training ARGUMENT...: sets `workdir` to that of a training, or to nothing, and `config` to its file; refuses what
 # no training can do with.
 # shellcheck disable=SC2034  # who calls it reads the workdir
@@ -45,6 +55,8 @@ read_training() {
   config='' workdir=''
   for argument; do
     case $argument in
+      --config=*://*|--workdir=*://*) error "$argument is no path: give one on storage that all machines see, such as" \
+        'that of a mounted bucket' ;;
       --config=?*) config=${argument#*=} config=${config%%:*} ;;
       --workdir=?*) workdir=${argument#*=} ;;
       --distributed*) error "$argument is set by this script: leave it out" ;;

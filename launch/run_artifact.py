@@ -9,16 +9,30 @@ import os
 import pathlib
 import sys
 
-import jax
-import numpy as np
-from jax import export
+for stream in (sys.stdout, sys.stderr):
+  stream.reconfigure(errors='backslashreplace')  # for file names that a terminal cannot show
+try:
+  import jax
+  import numpy as np
+  from jax import export
+except ImportError as error:
+  sys.exit(print(f'error: {error}: run this with the Python of an environment that has jax, such as '
+                 '.venv/bin/python', file=sys.stderr) or 2)
+
+
+def place(text):
+  """A path of this machine, ~ being the home."""
+  if '://' in text:
+    raise argparse.ArgumentTypeError(f'{text} is an address: give a path of this machine')
+  return pathlib.Path(os.path.expanduser(text))
+
 
 parser = argparse.ArgumentParser(description='Draws images with an exported sampler.')
-parser.add_argument('folder', type=pathlib.Path)
+parser.add_argument('folder', type=place)
 parser.add_argument('--labels', default='0', help='classes, such as 0,3,7')
 parser.add_argument('--seed', type=int, default=0)
 parser.add_argument('--cfg', type=float, default=1.5)
-parser.add_argument('--out', default='images.npz', type=pathlib.Path)
+parser.add_argument('--out', default='images.npz', type=place)
 
 
 def require(good, message):
@@ -37,7 +51,10 @@ try:
   sample = export.deserialize(bytearray(file.read_bytes()))
 except Exception as error:  # whatever a damaged file makes its reader raise
   require(False, f'{options.folder} is no whole export ({type(error).__name__}: {error}): export it again')
-here, numbers = export.default_export_platform(), options.labels.split(',')
+try:
+  here, numbers = export.default_export_platform(), options.labels.split(',')
+except (RuntimeError, AssertionError) as error:  # jax raises both where it finds no device
+  require(False, f'jax finds no device of JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS")} ({error}): unset it')
 require(here in sample.platforms, f'{file} is for {", ".join(sample.platforms)}, this machine has {here}: export it '
         f'with --platforms={here}')
 require(all(n.isdecimal() and int(n) < about['classes'] for n in numbers), f'--labels={options.labels}: give classes '

@@ -14,8 +14,9 @@
 #   --partition=P --account=A --qos=Q --name=N    as sbatch takes them (the name is var_jax by default)
 #   --dry_run            prints the commands, the batch script within, and runs none
 #
-# What stands after `--` goes to `python -m var_jax train`. The workdir has to be on storage that all nodes see; the log
-# is WORKDIR/slurm-JOB.log. PYTHON=/path/to/python3.11 where python3 is older.
+# What stands after `--` goes to `python -m var_jax train`, which runs in the repository: relative paths begin there. The
+# workdir has to be on storage that all nodes see; the log is WORKDIR/slurm-JOB.log. PYTHON=/path/to/python3.11 where
+# python3 is older.
 # Exit status: 0 when submitted, 2 for bad input, else sbatch's.
 #
 # example:
@@ -63,9 +64,10 @@ limit=$(seconds "$time")
 [ $# -gt 1 ] || error 'the arguments of training are missing: write -- --config=FILE.py:STAGE --workdir=DIR'
 shift
 read_training "$@"
+workdir=$(local_path "$workdir")
+config=$(local_path "$config")
 [ -n "$workdir" ] || error 'the workdir is missing: write --workdir=DIR after --, on storage that all nodes see'
 [ -f "$config" ] || error "there is no experiment $config in $PWD: see experiments/, or check the path"
-[[ $workdir != *://* ]] || error "--workdir=$workdir is no path: give one on storage that all nodes see"
 
 # Quoted for sh, which runs the batch script.
 training=
@@ -77,7 +79,8 @@ done
 # SIGTERM reaches the training by --signal, which without B: means the job's steps and not this script, or by scancel
 # and preemption, which mean both: the trap lets the script wait for srun. All processes save before they end, so the
 # first to end must not make Slurm kill the others. A job that was cancelled is no longer RUNNING and stays cancelled.
-# 75: a process was lost, and the others with it; 134: jax aborted for it.
+# 128 + a signal: training was told to stop, and saved (129 SIGHUP, 138 SIGUSR1, 140 SIGUSR2, 143 SIGTERM). 75: a process
+# was lost, and the others with it; 134: jax aborted for it.
 batch=". launch/environment.sh
 trap : TERM
 srun --kill-on-bad-exit=0 --gpu-bind=none --cpus-per-task=$cpus \
@@ -85,7 +88,7 @@ srun --kill-on-bad-exit=0 --gpu-bind=none --cpus-per-task=$cpus \
 status=\$?
 echo \"training ended with exit status \$status\"
 case \$status in
-  143|75|134) ! scontrol show job \$SLURM_JOB_ID | grep -q JobState=RUNNING || scontrol requeue \$SLURM_JOB_ID ;;
+  129|138|140|143|75|134) ! scontrol show job \$SLURM_JOB_ID | grep -q JobState=RUNNING || scontrol requeue \$SLURM_JOB_ID ;;
 esac
 exit \$status"
 

@@ -55,7 +55,11 @@ read_flags() {
       --spot) spot=1 ;;
       --queued) queued=1 ;;
       --mount=*) mount=$value
-        [[ $mount =~ ^[a-z0-9._-]+:/[a-zA-Z0-9._/-]+$ ]] || error "$flag is no bucket and path: write BUCKET:/DIR" ;;
+        [[ ! ${mount%%:*} =~ [A-Z] ]] ||
+          error "$flag: a bucket's name has no capitals: write it as \`gcloud storage ls\` shows it, without gs://"
+        [[ $mount != *://* ]] || error "$flag: write BUCKET:/DIR, the bucket without its gs://"
+        [[ $mount =~ ^[a-z0-9][a-z0-9._-]{2,221}:/[a-zA-Z0-9._/-]+$ ]] || error "$flag is no bucket and path: write" \
+          'BUCKET:/DIR, such as my-bucket:/mnt/my, with letters, digits and ._- alone' ;;
       --restarts=*) restarts=$value
         [[ $restarts =~ ^[0-9]{1,5}$ ]] || error "$flag is not a whole number: write one, such as --restarts=100" ;;
       --poll=*) poll=$(positive "$flag") ;;
@@ -65,8 +69,8 @@ read_flags() {
     esac
   done
   [ -n "$name" ] && [ -n "$zone" ] && [ -n "$type" ] || error '--name, --zone or --type is missing: give all three'
-  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
-    error "--name=$name cannot name a pod: use lower-case letters, digits and -, a letter first"
+  [[ $name =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] ||
+    error "--name=$name cannot name a pod: use lower-case letters, digits and -, a letter first, 63 at most"
   [ -n "$version" ] || version=$(runtime_version)
   [ $# -gt 1 ] || error 'the arguments of training are missing: write -- --config=FILE.py:STAGE --workdir=/DIR'
   shift
@@ -89,17 +93,24 @@ runtime_version() {
 }
 
 check_training() {
-  local workdir config
+  local workdir config argument
   read_training "$@"
   commit=$(git rev-parse --verify --quiet HEAD) || error "$PWD is no git checkout: clone the repository, run it there"
   [[ $config = /* ]] || git cat-file -e "$commit:$config" 2> /dev/null ||
     error "there is no experiment $config in the last commit, which is what the workers get: check the path, commit it"
   case $workdir in
-    *://*) error "--workdir=$workdir is no path: mount the bucket with --mount=BUCKET:/DIR, write --workdir=/DIR/..." ;;
     /*) ;;
     '') error 'the workdir is missing: write --workdir=/DIR after --, on storage that all workers see' ;;
     *) error "--workdir=$workdir is another folder on every worker: give an absolute path on storage that all see" ;;
   esac
+  for argument; do
+    case $argument in
+      --config.data.path=?*|--config.tokenizer=?*|--config.start_from=?*|--config.loss.lpips_weights=?*|\
+      --config.measure.inception=?*)
+        [[ ,${argument#*=} != *,[!/]* ]] ||
+          error "$argument is another file or folder on every worker: give absolute paths on storage that all see" ;;
+    esac
+  done
 }
 
 # tpus GROUP VERB...: gcloud's command, in the zone and the project.

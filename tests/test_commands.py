@@ -1,5 +1,6 @@
 """The commands as a person types them: train both stages, sample, reconstruct; and `var_jax.load` says the same."""
 
+import io
 import json
 import os
 import shutil
@@ -14,8 +15,8 @@ from tiny_runs import ROOT, SHORT, train_both
 import var_jax
 from var_jax import workdir as workdir_lib
 from var_jax.__main__ import VERBS, main
-from var_jax.commands import compiled, flags, labels, script
-from var_jax.errors import UserError
+from var_jax.commands import flags, labels, script
+from var_jax.errors import UserError, note
 
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
 
@@ -336,23 +337,55 @@ def test_commands_begin_anew_with_huge_pages_once(monkeypatch):
   assert os.environ['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1'
 
 
-def test_compiled_programs_are_kept_in_the_users_cache(tmp_path):
-  """A second process finds what the first one compiled; an entry that a kill cut short does not stay."""
-  program = 'from var_jax.commands import compiled; compiled.keep(); import jax; jax.jit(lambda x: x + 1)(1)'
-  environ = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'} | {
-      'XDG_CACHE_HOME': str(tmp_path), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PLATFORMS': 'cpu'}
-  entries = lambda: {file: file.stat().st_mtime_ns for file in tmp_path.rglob('*-cache')}
-  subprocess.run([sys.executable, '-c', program], env=environ, check=True)
-  first = entries()
-  assert first
-  torn = next(iter(first)).with_name('jit_torn-1234-cache')
-  torn.write_bytes(b'half')
-  os.utime(torn, (0, 0))
-  subprocess.run([sys.executable, '-c', program], env=environ, check=True)
-  assert entries() == first
+# --- how commands end ------------------------------------------------------------------------------------------------
 
 
-def test_compile_cache_of_ones_own_is_left_alone(tmp_path):
-  environ = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path)}
-  compiled.keep(environ)
-  assert environ == {'JAX_COMPILATION_CACHE_DIR': str(tmp_path)}
+@pytest.mark.parametrize('platform', ['cuda', 'foo'])
+def test_missing_device_is_told_in_one_line(platform, tmp_path):
+  """jax starts its devices with the first computation, wherever that is."""
+  command = [sys.executable, '-m', 'var_jax', 'train', '--config=experiments/digits.py', f'--workdir={tmp_path}/w']
+  done = subprocess.run(command, cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': platform}, capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr.startswith(f'error: jax finds no device for JAX_PLATFORMS={platform}')
+  assert done.stderr.count('\n') == 1 and not (tmp_path / 'w').exists()
+
+
+def test_terminal_without_the_characters_gets_help_and_file_names(monkeypatch):
+  """PYTHONIOENCODING=ascii, as in many containers."""
+  narrow = io.TextIOWrapper(io.BytesIO(), 'ascii')
+  monkeypatch.setattr(sys, 'stdout', narrow)
+  for verb in VERBS:
+    with pytest.raises(SystemExit):
+      main([verb, '--help'])
+  assert script.status(lambda arguments: print('Bild-\xfc-\udcff.png'), []) == 0
+  assert rb'Bild-\xfc-\udcff.png' in narrow.buffer.getvalue()
+
+
+@pytest.mark.parametrize('buffered', ['', '1'], ids=['buffered', 'unbuffered'])
+@pytest.mark.parametrize('do, status, said', [
+    ('print("x" * 10)', 0, ''), ('sys.exit(print("x" * 10) or 0)', 0, ''),
+    ('raise UserError("no\\nway")', 2, 'error: no way\n'), ('raise BrokenPipeError(32, "of a worker")', 1, 'worker')])
+def test_output_that_nobody_reads_is_no_failure(do, status, said, buffered):
+  """As with `| head`. A pipe of another kind that breaks is one."""
+  code = ('import sys\nfrom var_jax.commands import script\nfrom var_jax.errors import UserError\n'
+          f'def main(arguments): {do}\nscript.run(main)')
+  reader, writer = os.pipe()
+  os.close(reader)
+  stdout = subprocess.DEVNULL if 'worker' in do else writer
+  done = subprocess.run([sys.executable, '-c', code], stdout=stdout, stderr=subprocess.PIPE, text=True,
+                        env=os.environ | {'PYTHONUNBUFFERED': buffered})
+  os.close(writer)
+  assert done.returncode == status and said in done.stderr and bool(said) == bool(done.stderr)
+
+
+def test_flag_given_twice_is_told(capsys, tmp_path):
+  assert main(['sample', '--seed=1', '--seed=2', f'--workdir={tmp_path}', f'--out={tmp_path / "x.npz"}']) == 2
+  assert '--seed is given 2 times: the last one counts' in capsys.readouterr().err
+
+
+def test_notes_to_a_terminal_that_is_gone_end_nothing(monkeypatch):
+  class Gone(io.StringIO):
+    def write(self, text):
+      raise OSError(5, 'Input/output error')
+
+  monkeypatch.setattr(sys, 'stderr', Gone())
+  note('saved')

@@ -168,6 +168,16 @@ def test_training_checkpoint_gives_both_networks(files, workdirs, tmp_path):
   assert [workdir_lib.fingerprint(first[i]) for i in (1, 3)] == [workdir_lib.fingerprint(again[i]) for i in (1, 3)]
 
 
+def test_state_dicts_are_found_under_any_prefix(files):
+  for kind, file in (('tokenizer', 'vae'), ('generator', 'var')):
+    tensors = read_tensors(files[file])
+    for prefix in ('module.', 'model._orig_mod.', 'state_dict.', 'ema.', 'a.module.b.'):
+      wrapped = {f'{prefix}{name}': value for name, value in tensors.items()} | {'optimizer.x': np.zeros(2, np.float32)}
+      safetensors.numpy.save_file(wrapped, files[file].with_name('wrapped.bin'))
+      found, where = checkpoints.read(files[file].with_name('wrapped.bin'), kind)
+      assert found.keys() == tensors.keys() and f'wrapped.bin, under {prefix!r}' in where
+
+
 @pytest.mark.parametrize('name', GENERATORS)
 def test_architecture_is_read_from_the_tensors(workdirs, name):
   wanted, config = golden_files.weights(name)[0], json.loads((workdirs[name] / 'config.json').read_text())
@@ -219,6 +229,18 @@ def test_tokenizers_tensors_are_accounted_for_as_well(files, tmp_path, capsys):
   file = changed(files['vae'], tmp_path, **{'decoder.mid.attn_1.q.weight': np.zeros((1, 1), np.float32)})
   assert convert(file, files['var'], tmp_path / 'w') == 2
   assert 'unexpected decoder.mid.attn_1.q.weight' in one_error(capsys) and not (tmp_path / 'w').exists()
+
+
+def test_errors_name_file_prefix_and_cause(files, tmp_path, capsys):
+  tensors = {f'model.{n}': np.array(x) for n, x in read_tensors(files['var']).items()}
+  safetensors.numpy.save_file(tensors | {'model.more': np.zeros(2, np.float32)}, tmp_path / 'var.bin')
+  assert convert(files['vae'], tmp_path / 'var.bin', tmp_path / 'w') == 2
+  error = one_error(capsys)
+  assert f"{tmp_path / 'var.bin'}, under 'model.'" in error and 'unexpected more' in error
+  safetensors.numpy.save_file({'net.weight': np.zeros(2, np.float32)}, tmp_path / 'other.bin')
+  assert convert(files['vae'], tmp_path / 'other.bin', tmp_path / 'w') == 2
+  error = one_error(capsys)
+  assert 'other.bin holds no generator' in error and 'word_embed.weight' in error and 'net.weight' in error
 
 
 def one_error(capsys):

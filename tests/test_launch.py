@@ -314,7 +314,7 @@ def test_job_is_submitted(place):
 
 
 @pytest.mark.parametrize('status, state, requeued', [
-    (143, 'RUNNING', True), (75, 'RUNNING', True), (134, 'RUNNING', True),
+    (143, 'RUNNING', True), (75, 'RUNNING', True), (134, 'RUNNING', True), (138, 'RUNNING', True),
     (143, 'CANCELLED', False), (0, 'RUNNING', False),
     (2, 'RUNNING', False), (137, 'RUNNING', False)])
 def test_job_that_was_asked_to_stop_queues_again(place, status, state, requeued):
@@ -399,6 +399,35 @@ def test_pod_gets_what_is_committed(place):
   assert place.pod(train=train).returncode == 0
 
 
+@pytest.mark.parametrize('flag, words', [
+    ('--mount=My-Bucket:/mnt/b', 'no capitals'), ('--mount=gs://bucket:/mnt/b', 'without'),
+    ('--mount=bucket:mnt', 'BUCKET:/DIR'), ('--name=' + 'p' * 64, '63 at most')])
+def test_names_that_no_pod_or_bucket_has_are_told_why(place, flag, words):
+  done = place.pod(flag)
+  assert refused(done) and words in done.stderr and not place.calls('gcloud')
+
+
+@pytest.mark.parametrize('name', ['data.path', 'tokenizer', 'start_from', 'loss.lpips_weights', 'measure.inception'])
+def test_files_of_a_pods_training_are_absolute(place, name):
+  """A relative path, or one in the home, is another file on every worker; so is the second of two."""
+  for value in ('runs/t', '~/t', 'gs://b/t', *(['/mnt/a,b'] if 'lpips' in name else [])):
+    done = place.pod(train=[*TRAIN, f'--config.{name}={value}'])
+    assert refused(done) and 'on every worker' in done.stderr
+  assert not place.calls('gcloud')
+  assert place.pod(train=[*TRAIN, f'--config.{name}=/mnt/t']).returncode == 0
+
+
+def test_workdir_in_the_home_of_a_cluster(place, tmp_path):
+  """No shell expands ~ within --workdir=~/w; a pod's workers have homes of their own."""
+  train, home = [TRAIN[0], '--workdir=~/w'], {'HOME': str(tmp_path)}
+  done = place.run('bash', 'launch/slurm.sh', *JOB, '--dry_run', '--', *train, **home)
+  assert done.returncode == 0 and f'mkdir -p {tmp_path}/w' in done.stdout and "'--workdir=~/w'" in done.stdout
+  done = place.pod(train=train)
+  assert refused(done) and 'absolute' in done.stderr
+  done = place.run('bash', 'launch/slurm.sh', *JOB, '--', TRAIN[0], '--workdir=~x/w')
+  assert refused(done) and "another user's home" in done.stderr
+
+
 @pytest.mark.parametrize('script', ['tpu_pod', 'slurm'])
 def test_help_names_every_flag(place, script):
   """What is not in the help does not exist for its reader."""
@@ -415,6 +444,37 @@ def test_shell_scripts_are_sound(script):
   shellcheck = pathlib.Path(sys.executable).with_name('shellcheck')  # of the same environment
   checked = subprocess.run([shellcheck, '-x', '--shell=bash', script], cwd=ROOT, capture_output=True, text=True)
   assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize('name', sorted(p.name for p in ROOT.glob('launch/*.py') if '__main__' in p.read_text()))
+def test_python_scripts_look_for_the_environment_first(name):
+  """All but the one that a server may have alone."""
+  text = (ROOT / 'launch' / name).read_text()
+  if name != 'run_artifact.py':
+    assert text.index("if __name__ == '__main__':\n  import environment") < text.index('import', text.index('"""', 3))
+
+
+def test_python_scripts_find_the_environment_of_their_repository(tmp_path):
+  """Called by any Python, from any folder. Without one they say what to do."""
+  (tmp_path / 'launch').mkdir()
+  shutil.copy(ROOT / 'launch/environment.py', tmp_path / 'launch')
+  (tmp_path / 'launch/script.py').write_text('import environment')
+  command = [sys.executable, '-S', tmp_path / 'launch/script.py', '--a=b c']  # -S: without what is installed
+  done = subprocess.run(command, cwd='/', capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr.startswith('error: var_jax is not installed')
+  (tmp_path / '.venv/bin').mkdir(parents=True)
+  write_command(tmp_path / '.venv/bin/python', '#!/bin/bash\nprintf "%s\\n" "$@"\n')
+  done = subprocess.run(command, cwd='/', capture_output=True, text=True)
+  assert done.stdout.splitlines() == [f'{tmp_path}/launch/script.py', '--a=b c'] and done.returncode == 0
+
+
+def test_installed_package_has_the_experiments(tmp_path):
+  """They are what `--config=experiments/digits.py` means away from a checkout."""
+  pytest.importorskip('setuptools')
+  subprocess.run([sys.executable, 'setup.py', '--quiet', 'build_py', f'--build-lib={tmp_path}'], cwd=ROOT, check=True,
+                 capture_output=True)
+  packed = {p.name for p in tmp_path.glob('var_jax/experiments/*.py')}
+  assert packed == {p.name for p in ROOT.glob('experiments/*.py')} and 'digits.py' in packed
 
 
 @pytest.fixture(scope='module')

@@ -1,8 +1,10 @@
 """Weight files come back as they were written, and what is no weight file says so in one line."""
 
+import json
 import pickle
 import sys
 import types
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -141,3 +143,95 @@ def test_a_long_account_is_cut_short():
   shapes = {f'layer{i}': (2,) for i in range(31)}
   with pytest.raises(UserError, match='missing layer0, layer1, layer2, layer3, layer4, layer5 and 25 more: get'):
     weights.match_shapes({}, shapes, 'a model', 'get the right file')
+
+
+# --- told by content, in several files, under other names ------------------------------------------------------------
+
+PLAIN = {'a.weight': np.arange(6, dtype=np.float32), 'b.weight': np.ones(2, np.float32)}
+
+
+@pytest.mark.parametrize('suffix', ['.bin', '.ckpt', '.pt', '', '.weights'])
+def test_content_tells_the_kind_of_file(tmp_path, suffix):
+  pytest.importorskip('safetensors.numpy').save_file(PLAIN, tmp_path / f's{suffix}')
+  _assert_equal(weights.read_tensors(tmp_path / f's{suffix}'), PLAIN)
+  np.savez(tmp_path / 'n.npz', **PLAIN)
+  (tmp_path / 'n.npz').rename(tmp_path / f'n{suffix}')
+  _assert_equal(weights.read_tensors(tmp_path / f'n{suffix}'), PLAIN)
+
+
+@pytest.mark.parametrize('suffix', ['.bin', '.ckpt'])
+@pytest.mark.parametrize('zip_format', [True, False])
+def test_pytorch_files_of_any_name_go_to_pytorch(tmp_path, monkeypatch, suffix, zip_format):
+  """Told without PyTorch, so that what is missing is named."""
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  path = tmp_path / f'x{suffix}'
+  if zip_format:
+    with zipfile.ZipFile(path, 'w') as file:
+      file.writestr('archive/data.pkl', pickle.dumps({}))
+  else:
+    path.write_bytes(pickle.dumps({}))
+  assert "pip install 'var_jax[torch]'" in _error(path)
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:0', 'git lfs pull'), (b'\x89HDF\r\n\x1a\n' * 4, 'HDF')])
+def test_what_a_foreign_file_is_is_told(tmp_path, content, words):
+  (tmp_path / 'x.safetensors').write_bytes(content)
+  assert words in _error(tmp_path / 'x.safetensors') or 'truncated' in _error(tmp_path / 'x.safetensors')
+  (tmp_path / 'x.bin').write_bytes(content)
+  assert words in _error(tmp_path / 'x.bin')
+
+
+def in_parts(folder):
+  """A model in two files and their index."""
+  save = pytest.importorskip('safetensors.numpy').save_file
+  for i, name in enumerate(PLAIN):
+    save({name: PLAIN[name]}, folder / f'model-{i}.safetensors')
+  parts = {name: f'model-{i}.safetensors' for i, name in enumerate(PLAIN)}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': parts}))
+  return folder / 'model.safetensors.index.json'
+
+
+def test_model_in_several_files_is_read_by_its_index_or_folder(tmp_path):
+  index = in_parts(tmp_path)
+  _assert_equal(weights.read_tensors(index), PLAIN)
+  _assert_equal(weights.read_tensors(tmp_path), PLAIN)
+  index.unlink()
+  assert 'has 2 weight files, such as model-0.safetensors' in _error(tmp_path)
+  (tmp_path / 'model-1.safetensors').unlink()
+  _assert_equal(weights.read_tensors(tmp_path), {'a.weight': PLAIN['a.weight']})
+  (tmp_path / 'model-0.safetensors').unlink()
+  assert 'folder without weights' in _error(tmp_path)
+
+
+@pytest.mark.parametrize('content, words', [
+    ('{"weight_map": {"a.weight": "gone.safetensors"}}', 'gone.safetensors is not there'),
+    ('{"weight_map": {"c.weight": "model-0.safetensors"}}', 'lacks c.weight'), ('[', 'index'), ('{}', 'weight_map'),
+    ('{"weight_map": [1]}', 'weight_map'), ('{"weight_map": {"a": 3}}', 'weight_map'),
+    ('{"weight_map": {"a": "../a"}}', 'weight_map'), ('{"weight_map": {"a": [1]}}', 'weight_map')])
+def test_broken_index_is_told(tmp_path, content, words):
+  index = in_parts(tmp_path)
+  index.write_text(content)
+  with pytest.raises(UserError, match=words):
+    weights.read_tensors(index)
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'model.', 'state_dict.', 'ema.', 'model.module.',
+                                    'state_dict.model._orig_mod.', 'trainer.vae_local.'])
+def test_network_is_found_under_its_prefix(prefix):
+  tensors = {f'{prefix}{name}': value for name, value in PLAIN.items()} | {'epoch': np.zeros(())}
+  found, where = weights.inside(tensors, ('b.weight',), 'x.pth')
+  _assert_equal(found, PLAIN)
+  assert where == prefix
+
+
+def test_wrapped_parts_of_a_network_get_their_own_names():
+  found, _ = weights.inside({'m.blocks.0._orig_mod.a.weight': 1, 'm.b.weight': 2}, ('b.weight',), 'x')
+  assert dict(found) == {'blocks.0.a.weight': 1, 'b.weight': 2}
+
+
+def test_average_is_taken_where_a_file_has_both_and_that_is_said(capsys):
+  tensors = {f'{part}.{name}': i for i, part in enumerate(('model', 'ema', 'optimizer.exp_avg')) for name in PLAIN}
+  found, prefix = weights.inside(tensors, ('b.weight',), 'x.pth')
+  assert dict(found) == dict.fromkeys(PLAIN, 1) and prefix == 'ema.'
+  assert "x.pth holds the network more than once, under 'ema.', 'model.': 'ema.' is taken" in capsys.readouterr().err

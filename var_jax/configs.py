@@ -81,8 +81,8 @@ def tokenizer():
       l1=0.2,
       l2=1.0,
       quantizer=1.0,
-      lpips=0.0,             # needs lpips_weights, a .safetensors, .npz or .pth file
-      lpips_weights='',
+      lpips=0.0,             # needs lpips_weights
+      lpips_weights='',      # FILE or FILE,FILE: VGG-16 and its heads, see tokenizer/lpips.py; any weight file
       adversarial=0.0,       # relative to the reconstruction's gradient
       adversarial_start=0.22,  # fraction of the run
       discriminator_ch=64,

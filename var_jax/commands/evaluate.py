@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 
+from var_jax import paths
 from var_jax.commands import flags, output
 from var_jax.errors import UserError, note
 from var_jax.training import processes
@@ -31,7 +32,8 @@ def main(arguments):
   parser.add_argument('--weights', metavar='FILE', help="the FID Inception, pytorch-fid's .pth or as .safetensors")
   parser.add_argument('--resize', choices=['tf1', 'half_pixel'], default='tf1',
                       help="of images for the Inception: as the published figures' evaluator (default) or pytorch-fid")
-  parser.add_argument('--lpips_weights', metavar='FILE,...', help="VGG16 and its heads, for a tokenizer's LPIPS")
+  parser.add_argument('--lpips_weights', metavar='FILE,...', help="for a tokenizer's LPIPS: torchvision's VGG-16 and "
+                      'its heads, such as vgg16-397923af.pth,vgg.pth')
   parser.add_argument('--per_class', type=int, default=50, metavar='N', help='samples of each class (default 50)')
   parser.add_argument('--seed', type=int, default=0, metavar='S')
   parser.add_argument('--batch_size', type=int, default=64, metavar='N', help='images at a time (default 64)')
@@ -51,7 +53,7 @@ def run(options, out):
   from var_jax.evaluation.run import Request, figures_of
 
   names = ('workdir', 'samples', 'reference', 'data', 'weights', 'resize', 'per_class', 'seed', 'batch_size')
-  lpips_weights = tuple(options.lpips_weights.split(',')) if options.lpips_weights else ()
+  lpips_weights = tuple(paths.split(options.lpips_weights)) if options.lpips_weights else ()
   points = tuple(grid.parse(options.grid)) if options.grid else ()
   figures = figures_of(Request(
       **{name: getattr(options, name) for name in names}, folder=_folder(options, out), lpips_weights=lpips_weights,

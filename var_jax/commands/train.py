@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from var_jax import axes, lineage
+from var_jax import axes, lineage, paths
 from var_jax import workdir as workdir_lib
 from var_jax.commands import flags
 from var_jax.errors import UserError, note
@@ -179,11 +179,12 @@ def _lpips(loss):
   """The weights of the perceptual loss, None where it has none."""
   if not loss.lpips:
     return None
-  if not loss.lpips_weights:
-    raise UserError('loss.lpips needs VGG16 weights: set --config.loss.lpips_weights=FILE, or --config.loss.lpips=0')
   from var_jax.tokenizer import lpips
 
-  return lpips.load(loss.lpips_weights)
+  if not loss.lpips_weights:
+    raise UserError('loss.lpips needs weights: set --config.loss.lpips=0, or --config.loss.lpips_weights='
+                    f'{lpips.FILES}')
+  return lpips.load(*paths.split(loss.lpips_weights))
 
 
 def _check_frozen(config, shapes):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from var_jax.weights import match_shapes, read_tensors
+from var_jax.weights import inside, match_shapes, read_tensors
 
 SIZE = 299
 OUTPUTS = 1008
@@ -168,7 +168,7 @@ def resize_matrix(source, target, resize):
 
 def load(path):
   """params from a weight file, see `from_torch`. Raises UserError."""
-  return from_torch(read_tensors(path))
+  return from_torch(inside(read_tensors(path), ('Conv2d_1a_3x3.conv.weight',), path)[0])
 
 
 def from_torch(tensors):

@@ -1,5 +1,6 @@
 """Published checkpoints <-> workdirs."""
 
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -9,23 +10,31 @@ from var_jax import workdir as workdir_lib
 from var_jax.errors import UserError, note
 from var_jax.interop import architecture, published
 from var_jax.training.checkpoint import Checkpoints
-from var_jax.weights import read_tensors, write_tensors
+from var_jax.weights import inside, read_tensors, write_tensors
 
-# A training checkpoint of the published code holds both networks, and the optimizer.
-IN_TRAINER = {'tokenizer': 'trainer.vae_local.', 'generator': 'trainer.var_wo_ddp.'}
 TELLING = {'tokenizer': 'quantize.embedding.weight', 'generator': 'word_embed.weight'}
 
 
 def read(path, kind):
-  """{torch name: array} of one network, 'tokenizer' or 'generator'; UserError when the file holds another."""
+  """({torch name: array} of one network, 'tokenizer' or 'generator'; what errors call it). UserError without one."""
   tensors = read_tensors(path)
-  prefix = IN_TRAINER[kind]
-  inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-  tensors = inside or tensors
+  own, prefix = inside(tensors, (TELLING[kind],), path)
+  if TELLING[kind] in own:
+    return own, f'{path}, under {prefix!r}' if prefix else str(path)
   for other, name in TELLING.items():
-    if name in tensors and TELLING[kind] not in tensors:
+    if name in inside(tensors, (name,), path)[0]:
       raise UserError(f'{path} is a {other}, not a {kind}: pass it as --{other}')
-  return tensors
+  raise UserError(f'{path} holds no {kind}: none of its {len(tensors)} names ends in {TELLING[kind]}, the first is '
+                  f'{next(iter(tensors))}: it is another network, or another file of it is meant')
+
+
+@contextlib.contextmanager
+def _named(where):
+  """Within, errors begin with the file that they are about."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f'{where}: {error}') from error
 
 
 def write_workdir(workdir, tokenizer_file, generator_file, patch_nums=None, heads=0):
@@ -47,29 +56,35 @@ def write_workdir(workdir, tokenizer_file, generator_file, patch_nums=None, head
 
 
 def _write_both(workdir, tokenizer_file, generator_file, patch_nums, heads):
-  tokenizer, generator = read(tokenizer_file, 'tokenizer'), None
+  (tokenizer, where), generator = read(tokenizer_file, 'tokenizer'), None
   scales = patch_nums or architecture.PUBLISHED_SCALES[0]
   if generator_file:
-    generator = read(generator_file, 'generator')
-    scales = architecture.scales_of(generator, patch_nums)
-  tokenizer_config, phi_each = architecture.tokenizer_config(tokenizer, scales, _settings_beside(tokenizer_file))
-  model = workdir_lib.make_tokenizer(tokenizer_config)
-  shapes = workdir_lib.tokenizer_shapes(model)
-  names = published.tokenizer_names(shapes, phi_each)
-  published.check(tokenizer, names, shapes, 'a published tokenizer')
+    generator, generator_where = read(generator_file, 'generator')
+    with _named(generator_where):
+      scales = architecture.scales_of(generator, patch_nums)
+  with _named(where):
+    tokenizer_config, phi_each = architecture.tokenizer_config(tokenizer, scales, _settings_beside(tokenizer_file))
+    model = workdir_lib.make_tokenizer(tokenizer_config)
+    shapes = workdir_lib.tokenizer_shapes(model)
+    names = published.tokenizer_names(shapes, phi_each)
+    published.check(tokenizer, names, shapes, 'a published tokenizer')
   if generator_file:
-    config = architecture.generator_config(generator, heads)
-    generator_shapes = workdir_lib.generator_shapes(workdir_lib.make_generator(config, model))
-    generator_names = published.generator_names(generator_shapes)
-    published.check(generator, generator_names, generator_shapes, 'a published generator')
-  params = published.from_published(tokenizer, names, shapes)
+    with _named(generator_where):
+      config = architecture.generator_config(generator, heads)
+      generator_shapes = workdir_lib.generator_shapes(workdir_lib.make_generator(config, model))
+      generator_names = published.generator_names(generator_shapes)
+      published.check(generator, generator_names, generator_shapes, 'a published generator')
+  with _named(where):
+    params = published.from_published(tokenizer, names, shapes)
   if not generator_file:
     _write(workdir, tokenizer_config, params, {})
     return
   metadata = {'tokenizer': workdir_lib.fingerprint(params)}
   _write(workdir / 'tokenizer', tokenizer_config, params, {})
   del params, tokenizer
-  _write(workdir, config, published.from_published(generator, generator_names, generator_shapes), metadata)
+  with _named(generator_where):
+    generator_params = published.from_published(generator, generator_names, generator_shapes)
+  _write(workdir, config, generator_params, metadata)
 
 
 def _write(workdir, config, params, metadata):

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from var_jax.weights import match_shapes, read_tensors
+from var_jax.errors import UserError
+from var_jax.weights import inside, match_shapes, read_tensors
 
 # Convolutions as (index in torchvision's `features`, channels out); each row ends where a linear head reads the
 # activation, and every row but the first starts with a 2x2 max pooling.
@@ -27,6 +28,9 @@ STAGES = (
 SHIFT = np.array([-.030, -.088, -.188], np.float32)
 SCALE = np.array([.458, .448, .450], np.float32)
 EPSILON = 1e-10
+FILES = ("FILE,FILE: torchvision's vgg16-397923af.pth (download.pytorch.org/models) and the heads, "
+         'lpips/weights/v0.1/vgg.pth of `pip download --no-deps lpips`; or one file that holds both')
+TELLING = ('features.0.weight', 'net.slice1.0.weight', 'lin0.model.1.weight', 'lins.0.model.1.weight')
 
 
 def distance(params, x_BxHxWx3, y_BxHxWx3, *, precision='highest'):
@@ -51,9 +55,12 @@ def per_layer(params, x_BxHxWx3, y_BxHxWx3, *, precision='highest'):
 def load(*paths):
   """params from one weight file or several that make it up (VGG-16 here, the heads there). Raises UserError."""
   tensors = {}
-  for path in paths:
-    tensors |= read_tensors(path)
-  return from_torch(tensors)
+  try:
+    for path in paths:
+      tensors |= inside(read_tensors(path), TELLING, path)[0]
+    return from_torch(tensors)
+  except UserError as error:
+    raise UserError(f'{error}; LPIPS takes {FILES}') from error
 
 
 def shapes():
