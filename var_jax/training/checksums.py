@@ -17,7 +17,7 @@ def of(tree):
     for _, leaf in named:
       on_device = isinstance(leaf, jax.Array)
       parts.append(_parts(leaf) if on_device else _slices(np.asarray(leaf)))
-      here.append(not on_device or leaf.is_fully_addressable)
+      here.append(not on_device or leaf.is_fully_addressable or leaf.is_fully_replicated)
   sums = np.array([sum(map(int, each)) % 2**32 for each in parts], np.uint32)
   if not all(here):  # one message between the processes: on CPUs they confuse many small ones
     sums = np.where(here, sums, multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32))
@@ -32,9 +32,11 @@ def check(tree, wanted):
 
 
 def _parts(x):
-  """The sums of those parts of an array that this process has, copies left out."""
+  """The sums of those parts of an array that this process has, copies left out; of what all have, of its own copy."""
   starts = lambda index: np.array([part.start or 0 for part in index], np.uint32)
-  return [_sum(shard.data, starts(shard.index), _strides(x)) for shard in x.addressable_shards if not shard.replica_id]
+  first = x.addressable_shards[:1]
+  parts = first if x.is_fully_replicated else [shard for shard in x.addressable_shards if not shard.replica_id]
+  return [_sum(shard.data, starts(shard.index), _strides(x)) for shard in parts]
 
 
 def _slices(x):
