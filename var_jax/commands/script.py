@@ -1,10 +1,10 @@
-"""How every command ends: bad input as one line, Ctrl-C at any moment, and the exit status."""
+"""How every command ends: bad input as one line, Ctrl-C and other signals at any moment, and the exit status."""
 
 import errno
 import os
-import signal
 import sys
 
+from var_jax import signals
 from var_jax.errors import UserError
 
 
@@ -45,20 +45,15 @@ def with_huge_pages():
 
 
 def stop_at_once():
-  """Lets Ctrl-C end the process. Not by an exception: imports and compiling threads would swallow it, or crash."""
-
-  def stop(number, frame):
-    os.write(2, b'stopped\n')
-    os._exit(130)
-
-  signal.signal(signal.SIGINT, stop)
+  """Lets signals such as Ctrl-C end the process. Before anything is imported, which takes seconds."""
+  signals.end_at_once()
 
 
 def run(main):
-  """Ends the process with `status` of main(the command line), or at once when Ctrl-C asks for it."""
+  """Ends the process with `status` of main(the command line), or at once when a signal asks for it."""
   stop_at_once()
   code = status(main, sys.argv[1:])
-  if code == 130:
+  if code > 128:
     sys.stdout.flush()
     os._exit(code)
   sys.exit(code)

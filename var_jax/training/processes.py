@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from var_jax import signals
 from var_jax.errors import UserError
 
 LOST = 75  # exit status when another process is missing: "try again", as in sysexits.h; nothing is wrong with the input
@@ -95,7 +96,7 @@ def together():
 
 @contextlib.contextmanager
 def stop_requests():
-  """A list that receives the number of each SIGTERM or SIGINT; a second Ctrl-C stops at once."""
+  """A list that receives the number of each of `signals.NUMBERS` that comes; a second Ctrl-C stops at once."""
   received = []
 
   def note(number, frame):
@@ -103,12 +104,18 @@ def stop_requests():
       raise KeyboardInterrupt
     received.append(number)
 
-  previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield received
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
+  with signals.waiting():
+    previous = {number: signal.signal(number, note) for number in signals.heard()}
+    try:
+      yield received
+    finally:
+      for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def asked(received):
+  """The number of a signal that any of the processes received, 0 for none: the same on all, which all have to ask."""
+  return max(from_all(received[0] if received else 0))
 
 
 def is_loss(error):
