@@ -1,4 +1,4 @@
-"""Signals: a run saves and ends, and every other command ends at once, in one line and with 128 + the signal's number."""
+"""Signals: a run saves and ends, all other commands end at once, in one line and with 128 + the signal's number."""
 
 import os
 import signal

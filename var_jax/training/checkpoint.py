@@ -274,7 +274,7 @@ class Checkpoints:
     return stored.metadata['model'], metadata.pop('checksums', {}), metadata
 
   def newest_metadata(self):
-    """The metadata of the newest checkpoint that has some to read, None when there is none: as the first process has it."""
+    """The metadata of the newest checkpoint that the first process can read and that has some, None without one."""
     return processes.from_first(self._newest_metadata())
 
   def _newest_metadata(self):

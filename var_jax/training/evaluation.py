@@ -47,7 +47,7 @@ class Evaluation:
     return [part for part, is_due in parts.items() if is_due]
 
   def run(self, state, step, parts, bar):
-    """Does some parts, then keeps the model if it is the best. Returns [the signal that asked to stop before that], or [].
+    """Does some parts, then keeps the model if it is the best. Returns [the signal that asked to stop before] or [].
 
     A signal is heeded between the parts and between the batches of one, which then leaves nothing.
     """

@@ -1,7 +1,7 @@
 """The one training loop. It never asks which stage it runs.
 
-The order is an invariant: save, evaluate, take the next batch, step. So what fails in an evaluation costs no steps: what
-is due at a step and not done is done first by the run that resumes from it. Metrics of a step are fetched after the
+The order is an invariant: save, evaluate, take the next batch, step. So an evaluation that fails costs no steps, and
+what is due at a step and not done is done first by the run that resumes there. Metrics of a step are fetched after the
 next one has been dispatched, so that the device does not wait for Python.
 """
 
@@ -111,7 +111,7 @@ class _Steps:
     with contextlib.nullcontext() if self._several else free, bar.doing('compiling the first step', 0):
       with self.mean.paused():
         batch = next(batches)
-        if not jax.config.jax_disable_jit:
+        if not (jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs):
           self.ready = self._step.lower(state, *self._put(batch)).compile()
     self.ready = self.ready or self._step
     return batch
