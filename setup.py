@@ -12,7 +12,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=['var_jax', 'var_jax.*']),
     entry_points={'console_scripts': ['var-jax=var_jax.__main__:entry']},
     install_requires=[
-        'absl-py>=2.1',                  # flags behind ml_collections' config overrides
+        'absl-py>=2.1',                  # whose flags grain asks for its options
         'array_record>=0.8.1,<0.9',      # the container of prepared tfds data
         'chex>=0.1.90,<0.2',             # shape assertions at module borders
         'flatbuffers>=24',               # jax.export serializes with it

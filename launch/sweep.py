@@ -11,7 +11,6 @@ if __name__ == '__main__':
   script.stop_at_once()
 
 import csv
-import importlib.util
 import json
 import pathlib
 import shlex
@@ -21,7 +20,7 @@ import time
 from typing import NamedTuple
 
 from var_jax import pictures, progress
-from var_jax.commands import flags, script
+from var_jax.commands import experiment, flags, script
 from var_jax.errors import UserError, note
 from var_jax.training import metrics, processes
 
@@ -91,18 +90,14 @@ def check_volume(options):
 def points_of(config, workdir, overrides):
   """(the points of a config's file, its stage). UserError for a file without any, or settings that do not exist."""
   stage, file = flags.read_config(config, overrides).stage, config.partition(':')[0]
-  spec = importlib.util.spec_from_file_location('experiment', file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  module = experiment.load(file)
   if not hasattr(module, 'sweep'):
     raise UserError(f'{file} has no sweep(): let it return points such as configs.grid({{"optimizer.peak_lr": (1e-3, '
                     '2e-3)}), see experiments/digits.py')
-  try:
+  with experiment.running(module.__file__):
     listed = module.sweep()
     named = dict(listed) if isinstance(listed, dict) else {name_of(settings): settings for settings in listed}
     named = {str(name).replace('/', '_'): dict(settings) for name, settings in named.items()}
-  except Exception as error:  # an experiment is code, and may fail in any way
-    raise UserError(f'sweep() in {file} fails with {type(error).__name__}: {error}: mend it') from error
   if not named or len(named) < len(listed):
     raise UserError(f'sweep() in {file} lists no points, or two of one name: name them: {{"slow": {{"seed": 1}}}}')
   swept = {f'config.{setting}' for settings in named.values() for setting in settings}

@@ -1,7 +1,9 @@
 """The commands as a person types them: train both stages, sample, reconstruct; and `var_jax.load` says the same."""
 
+import io
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +15,7 @@ import var_jax
 from var_jax import workdir as workdir_lib
 from var_jax.__main__ import VERBS, main
 from var_jax.commands import flags, script
-from var_jax.errors import UserError
+from var_jax.errors import UserError, note
 
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
 
@@ -280,3 +282,57 @@ def test_commands_begin_anew_with_huge_pages_once(monkeypatch):
     script.with_huge_pages()
   assert begun == [(sys.executable, [sys.executable, '-m', 'var_jax', 'sample', '--num=1'])]
   assert os.environ['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1'
+
+
+# --- how commands end ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'foo'])
+def test_missing_device_is_told_in_one_line(platform, tmp_path):
+  """jax starts its devices with the first computation, wherever that is."""
+  command = [sys.executable, '-m', 'var_jax', 'train', '--config=experiments/digits.py', f'--workdir={tmp_path}/w']
+  done = subprocess.run(command, cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': platform}, capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr.startswith(f'error: jax finds no device for JAX_PLATFORMS={platform}')
+  assert done.stderr.count('\n') == 1 and not (tmp_path / 'w').exists()
+
+
+def test_terminal_without_the_characters_gets_help_and_file_names(monkeypatch):
+  """PYTHONIOENCODING=ascii, as in many containers."""
+  narrow = io.TextIOWrapper(io.BytesIO(), 'ascii')
+  monkeypatch.setattr(sys, 'stdout', narrow)
+  for verb in VERBS:
+    with pytest.raises(SystemExit):
+      main([verb, '--help'])
+  assert script.status(lambda arguments: print('Bild-\xfc-\udcff.png'), []) == 0
+  assert rb'Bild-\xfc-\udcff.png' in narrow.buffer.getvalue()
+
+
+@pytest.mark.parametrize('buffered', ['', '1'], ids=['buffered', 'unbuffered'])
+@pytest.mark.parametrize('do, status, said', [
+    ('print("x" * 10)', 0, ''), ('sys.exit(print("x" * 10) or 0)', 0, ''),
+    ('raise UserError("no\\nway")', 2, 'error: no way\n'), ('raise BrokenPipeError(32, "of a worker")', 1, 'worker')])
+def test_output_that_nobody_reads_is_no_failure(do, status, said, buffered):
+  """As with `| head`. A pipe of another kind that breaks is one."""
+  code = ('import sys\nfrom var_jax.commands import script\nfrom var_jax.errors import UserError\n'
+          f'def main(arguments): {do}\nscript.run(main)')
+  reader, writer = os.pipe()
+  os.close(reader)
+  stdout = subprocess.DEVNULL if 'worker' in do else writer
+  done = subprocess.run([sys.executable, '-c', code], stdout=stdout, stderr=subprocess.PIPE, text=True,
+                        env=os.environ | {'PYTHONUNBUFFERED': buffered})
+  os.close(writer)
+  assert done.returncode == status and said in done.stderr and bool(said) == bool(done.stderr)
+
+
+def test_flag_given_twice_is_told(capsys, tmp_path):
+  assert main(['sample', '--seed=1', '--seed=2', f'--workdir={tmp_path}', f'--out={tmp_path / "x.npz"}']) == 2
+  assert '--seed is given 2 times: the last one counts' in capsys.readouterr().err
+
+
+def test_notes_to_a_terminal_that_is_gone_end_nothing(monkeypatch):
+  class Gone(io.StringIO):
+    def write(self, text):
+      raise OSError(5, 'Input/output error')
+
+  monkeypatch.setattr(sys, 'stderr', Gone())
+  note('saved')

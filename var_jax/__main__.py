@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from var_jax.commands import script
-from var_jax.errors import UserError
+from var_jax.errors import UserError, did_you_mean
 
 VERBS = {
     'train': 'train a tokenizer or a generator; resumes by itself',
@@ -36,7 +36,8 @@ def _run(arguments):
     print(USAGE % '\n'.join(f'  {name:12} {text}' for name, text in VERBS.items()))
     return 0
   if verb not in VERBS:
-    raise UserError(f'{f"there is no verb {verb!r}" if verb else "a verb is missing"}: use one of {", ".join(VERBS)}')
+    missing = f'there is no verb {verb!r}{did_you_mean(verb, list(VERBS)) or ":"}' if verb else 'a verb is missing:'
+    raise UserError(f'{missing} use one of {", ".join(VERBS)}')
   return importlib.import_module(f'var_jax.commands.{verb}').main(arguments[1:])
 
 

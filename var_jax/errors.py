@@ -1,5 +1,6 @@
-"""What a person is meant to read: the one exception, what others said in a line, and notes."""
+"""What a person is meant to read: the one exception, what others said in a line, near misses, and notes."""
 
+import difflib
 import sys
 
 
@@ -13,6 +14,20 @@ def first_line(error):
   return lines[0][:200] if lines else type(error).__name__
 
 
+def did_you_mean(word, known, sign=''):
+  """', did you mean NAME?' with the known name that is nearest to a word; '' where none is near.
+
+  Of dotted names the last part alone will do. sign: what stands before every name.
+  """
+  plain = word.replace('-', '_')
+  near = [name for name in known if name.endswith(f'.{plain}') or len(plain) > 2 and name.startswith(plain)]
+  near = near or difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
+  return f', did you mean {sign}{near[0]}?' if near else ''
+
+
 def note(text):
-  """One line for the user beside the results: on stderr, at once."""
-  print(text, file=sys.stderr, flush=True)
+  """One line for the user beside the results: on stderr, at once. A terminal that is gone ends no run."""
+  try:
+    print(text, file=sys.stderr, flush=True)
+  except OSError:
+    pass

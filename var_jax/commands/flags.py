@@ -1,15 +1,18 @@
-"""Flags shared by the commands: argparse with one-line errors, and ml_collections' typed config overrides."""
+"""Flags shared by the commands: argparse with one-line errors, and paths that are read as a person means them."""
 
 import argparse
+import collections
 import contextlib
-import pathlib
+import re
 
-import absl.flags
-import ml_collections
-from ml_collections import config_flags
-
-from var_jax.errors import UserError
+from var_jax import paths
+from var_jax.commands.experiment import read_config  # noqa: F401, commands call it by this module's name
+from var_jax.errors import UserError, did_you_mean, note
 from var_jax.training import processes
+
+# A metavar that begins like this says that the flag is a path: DIR, FILE.py[:ARG], [KIND:]PATH, X.png|X.npz|DIR; or
+# several, with dots: FILE,...
+PATH = re.compile(r'(?P<kind>\[KIND:\])?(DIR|FILE|PATH|[A-Z]\.)[a-z.]*(?P<argument>\[:ARG\])?')
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,10 +29,55 @@ class Parser(argparse.ArgumentParser):
     empty = [name for name, value in vars(options).items() if value == '']
     if empty:
       self.error(f'--{empty[0]} is empty: give a value, or leave it out')
+    for word in rest:
+      if not (self._takes_settings() and word.startswith('--config.')):
+        self._refuse(word)
+    self._note_repeated(given(arguments or []))
+    for action in self._actions:
+      if isinstance(action.metavar, str) and PATH.match(action.metavar) and action.dest in options:
+        setattr(options, action.dest, _as_meant(action, getattr(options, action.dest)))
     return options, rest
+
+  def _takes_settings(self):
+    return '--config.NAME' in self._option_string_actions
+
+  def _refuse(self, word):
+    """Of a word that no flag takes: what was meant by it."""
+    name = word.partition('=')[0]
+    known = [option[2:] for option in self._option_string_actions if option.startswith('--')]
+    near = did_you_mean(name.lstrip('-'), known, '--') if name.startswith('-') else ''
+    settings = '; settings are given as --config.NAME=VALUE' if self._takes_settings() and not near else ''
+    self.error(f'unrecognized arguments: {word}{near}{settings}')
+
+  def _note_repeated(self, names):
+    """Says which of a flag's values counts when it is given more than once and takes one."""
+    for name, times in collections.Counter(names).items():
+      action = self._option_string_actions.get(f'--{name}')
+      if times > 1 and (action is None or type(action).__name__ == '_StoreAction'):
+        note(f'--{name} is given {times} times: the last one counts')
 
   def error(self, message):
     raise UserError(f'{message}; see `{self.prog} --help`')
+
+
+def _as_meant(action, value):
+  """A flag's path or paths as `paths.local` reads them; what else the flag takes stays."""
+  if isinstance(value, list):
+    return [_as_meant(action, one) for one in value]
+  if not isinstance(value, str):
+    return value
+  shape = PATH.match(action.metavar)
+  kind, argument = '', ''
+  if shape['kind'] and not paths.URL.match(value):
+    kind, colon, value = value.rpartition(':')
+    kind += colon
+  if shape['argument'] and not paths.URL.match(value):
+    value, colon, argument = value.partition(':')
+    argument = colon + argument
+  try:
+    return kind + (paths.locals_of if '...' in action.metavar else paths.local)(value) + argument
+  except UserError as error:
+    raise UserError(f'{action.option_strings[0]}: {error}') from None
 
 
 def numbers(text):
@@ -43,44 +91,6 @@ def numbers(text):
 def given(arguments):
   """Names of the flags on a command line."""
   return [argument[2:].partition('=')[0] for argument in arguments if argument.startswith('--')]
-
-
-def read_config(path, overrides):
-  """The locked config of 'FILE.py:argument' with overrides ['--config.a.b=v', …]. UserError for anything unknown."""
-  file = path.partition(':')[0]
-  if not pathlib.Path(file).is_file():
-    raise UserError(f'there is no experiment {file}: see the experiments/ folder, or check the path')
-  strange = [o for o in overrides if not o.startswith('--config.')]
-  if strange:
-    raise UserError(f'unknown flag {strange[0]}; settings are given as --config.NAME=VALUE, see --help')
-  values = absl.flags.FlagValues()
-  arguments = ['var_jax', f'--config={path}', *overrides]
-  try:
-    config_flags.DEFINE_config_file('config', flag_values=values, lock_config=True, sys_argv=arguments)
-    values(arguments)
-    config = values.config
-  except UserError:
-    raise
-  except Exception as error:  # an experiment is code, and may fail in any way
-    raise UserError(_explain(error, file)) from error
-  if not isinstance(config, ml_collections.ConfigDict) or 'stage' not in config:
-    raise UserError(f'get_config in {file} gives no config: start from configs.tokenizer() or configs.generator()')
-  return config
-
-
-def _explain(error, file):
-  """One line from the errors of absl and ml_collections, which speak in paragraphs and hide the cause."""
-  cause = error
-  while (cause.__cause__ or cause.__context__) is not None and not isinstance(cause, UserError):
-    cause = cause.__cause__ or cause.__context__
-  if isinstance(cause, UserError):
-    return str(cause)
-  if isinstance(error, (absl.flags.Error, AttributeError, KeyError, TypeError)) and 'Traceback' not in str(error):
-    text = ' '.join(str(error).replace('\\n', ' ').replace('\\', '').split())
-    if isinstance(error, (AttributeError, KeyError)):  # ml_collections quotes these twice
-      text = 'no such setting: ' + text.replace("'", '').strip('"')
-    return text[:300]
-  return f'{file} fails with {type(cause).__name__}: {" ".join(str(cause).split())[:200]}'
 
 
 def add_distributed(parser):
