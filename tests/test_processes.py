@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,13 +43,13 @@ def start(count, devices, trained, workdir, *options, only=None):
                   f'--config.tokenizer={trained[1]}', *STEPS, *options, only=only)
 
 
-def together(count, devices, *arguments, only=None):
-  """Processes that run one command together."""
+def together(count, devices, *arguments, only=None, own=()):
+  """Processes that run one command together. own: the arguments that each has for itself."""
   environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices),
                               'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
   command, port = [sys.executable, '-m', 'var_jax', *arguments], free_port()
-  return [subprocess.Popen([*command, f'--distributed=127.0.0.1:{port},{count},{i}'], env=environment, cwd=ROOT,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  return [subprocess.Popen([*command, f'--distributed=127.0.0.1:{port},{count},{i}', *own[i:i + 1]], env=environment,
+                           cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
           for i in (only or range(count))]
 
 
@@ -128,6 +129,52 @@ def test_signal_to_one_process_stops_and_saves_all(trained, alone, tmp_path):
   assert [status for status, _ in ended] == [128 + signal.SIGTERM] * 2, ended
   steps = {errors.partition('stopped at step ')[2].split()[0] for _, errors in ended}
   assert len(steps) == 1 and (tmp_path / 'w/checkpoints' / steps.pop()).exists()
+
+
+def another_view(workdir, folder, spoil, steps):
+  """A folder that shows a workdir as another host has it, to which some steps are spoilt."""
+  (folder / 'checkpoints').mkdir(parents=True)
+  for path in workdir.iterdir():
+    if path.name != 'checkpoints':
+      (folder / path.name).symlink_to(path)
+  for path in (workdir / 'checkpoints').iterdir():
+    if int(path.name) in steps:
+      spoil(shutil.copytree(path, folder / 'checkpoints' / path.name))
+    else:
+      (folder / 'checkpoints' / path.name).symlink_to(path)
+  return folder
+
+
+def without_list(folder):
+  (folder / 'training/_METADATA').unlink()
+
+
+def shortened(folder):
+  for file in folder.rglob('d/*'):
+    file.write_bytes(file.read_bytes()[:10])
+
+
+@pytest.mark.parametrize('spoil', [shortened, pytest.param(without_list, marks=pytest.mark.slow)])
+def test_processes_resume_on_the_newest_step_that_all_can_read(trained, alone, tmp_path, spoil):
+  workdir = shutil.copytree(alone, tmp_path / 'w')
+  assert checkpoints_of(workdir) == {4, 8}
+  views = [workdir, another_view(workdir, tmp_path / 'other', spoil, [8])]
+  ended = finish(together(
+      2, 1, 'train', f'--config={trained[0]}:generator', f'--config.tokenizer={trained[1]}', *STEPS, '--config.steps=4',
+      own=[f'--workdir={view}' for view in views]))
+  for status, errors in ended:
+    assert status == 0 and 'resuming from step 4 of 4' in errors, errors
+    assert 'checkpoint 8' in errors and 'on process 1 of 2' in errors and 'Traceback' not in errors
+
+
+def test_processes_without_a_step_that_all_can_read_are_to_be_started_again(trained, alone, tmp_path):
+  """Bad input is what all see alike: launchers take its exit status for final."""
+  workdir = shutil.copytree(alone, tmp_path / 'w')
+  views = [workdir, another_view(workdir, tmp_path / 'other', shortened, [4, 8])]
+  for status, errors in finish(together(
+      2, 1, 'train', f'--config={trained[0]}:generator', f'--config.tokenizer={trained[1]}', *STEPS,
+      own=[f'--workdir={view}' for view in views])):
+    assert status == LOST and 'error: none of the checkpoints [4, 8]' in errors and 'Traceback' not in errors, errors
 
 
 @pytest.mark.slow

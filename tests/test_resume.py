@@ -1,8 +1,10 @@
 """Runs that are stopped by a crash, a kill or a signal go on as if never stopped."""
 
+import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,12 +25,15 @@ from tiny_runs import (
   farthest,
   metrics_of,
   moments,
+  numbers,
+  one_device,
   tiny_config,
   train_line,
 )
 
+from var_jax import lineage
 from var_jax.data.sources import open_source
-from var_jax.training import loop
+from var_jax.training import evaluation, loop, metrics
 from var_jax.training import mesh as mesh_lib
 from var_jax.training.checkpoint import Checkpoints
 
@@ -132,6 +137,157 @@ def test_numbers_of_a_run_whose_checkpoints_are_gone_are_kept(tmp_path):
   shutil.rmtree(tmp_path / 'checkpoints')
   train_line(Line(2), tmp_path)
   assert len((tmp_path / 'metrics_before.jsonl').read_text().splitlines()) > len(lines)  # kept again
+
+
+EVERY_TWO = dict(eval_every=2, pictures_every=2, checkpoint_every=2)
+
+
+def test_loop_saves_then_evaluates_then_takes_the_next_batch(tmp_path, monkeypatch):
+  done, stage = [], Line(4)
+
+  class Recording(Checkpoints):
+    def finish(self):
+      super().finish()
+      done.append('saved')
+
+  def recorded(name, function):
+    return lambda *arguments, **options: done.append(name) or function(*arguments, **options)
+
+  batches = loop.pipeline.train_batches
+  class Batches:
+    def __init__(self, *arguments, **options):
+      self._batches = batches(*arguments, **options)
+
+    def __next__(self):
+      done.append('batch')
+      return next(self._batches)
+
+    def __getattr__(self, name):
+      return getattr(self._batches, name)
+
+  monkeypatch.setattr(loop.pipeline, 'train_batches', Batches)
+  stage.summarize, stage.pictures = recorded('evaluated', stage.summarize), recorded('drawn', stage.pictures)
+  train_line(stage, tmp_path, Recording(tmp_path), **EVERY_TWO)
+  in_order = [name for i, name in enumerate(done) if done[i - 1:i] != [name] or name == 'batch']
+  assert in_order == ['batch', 'batch', 'saved', 'evaluated', 'drawn', 'batch', 'batch', 'saved', 'evaluated', 'drawn']
+
+
+def crash_once(function):
+  left = [Crash()]
+
+  def crash(*arguments):
+    if left:
+      raise left.pop()
+    return function(*arguments)
+
+  return crash
+
+
+@pytest.mark.parametrize('checkpoint_every', [2, 4])
+@pytest.mark.parametrize('part', ['summarize', 'pictures', 'measure', 'keep'])
+def test_crash_in_an_evaluation_costs_no_step_and_no_part_of_it(part, checkpoint_every, tmp_path):
+  changes = EVERY_TWO | dict(checkpoint_every=checkpoint_every, best='samples/a')
+  config = tiny_config('generator', **changes, **{'measure.every': 2})
+  values = {'a': 3.0, 'b': 2.0}
+
+  def run(workdir, crashes=None):
+    stage, said, kept = Line(4), [], []
+    parts = {'summarize': stage.summarize, 'pictures': stage.pictures, 'measure': lambda state: values,
+             'keep': lambda params, step: kept.append(step)}
+    if crashes:
+      parts[crashes] = crash_once(parts[crashes])
+    stage.summarize, stage.pictures = parts['summarize'], parts['pictures']
+    with Checkpoints(workdir) as checkpoints:
+      state = loop.train(stage, config, numbers(), numbers(20), checkpoints, workdir, say=said.append,
+                         measure=parts['measure'], keep=parts['keep'])
+      return jax.device_get(state), said, kept
+
+  straight, *_ = run(tmp_path / 'straight')
+  with pytest.raises(Crash):
+    run(tmp_path / 'crashed', part)
+  assert not (tmp_path / 'crashed/pictures/first_0000004.png').exists()
+  resumed, said, kept = run(tmp_path / 'crashed')
+  assert said == ['resuming from step 2 of 4'] and kept == [2] and differing(resumed, straight) == []
+  lines = [[{name: value for name, value in line.items() if 'per_second' not in name} for line in metrics_of(workdir)]
+           for workdir in (tmp_path / 'straight', tmp_path / 'crashed')]
+  assert lines[0] == lines[1] and len(lines[0]) == 4 + 2 + 2
+  for name in ('straight', 'crashed'):
+    pictures = sorted(path.name for path in (tmp_path / name / 'pictures').iterdir())
+    assert pictures == ['first_0000002.png', 'first_0000004.png']
+
+
+def test_best_model_is_kept_in_place_of_all_others(tmp_path):
+  """Also of a later one, of a stretch that a kill has undone; but not once more where it is there."""
+  config = tiny_config('tokenizer')
+  for value, step in ((8.0, 8), (6.0, 6), (5.0, 6)):
+    lineage.keep_best(tmp_path, config, {}, {'w': jax.numpy.full((), value)}, step)
+    with Checkpoints(tmp_path / 'best') as checkpoints:
+      assert checkpoints.steps() == [step]
+      params, *_ = checkpoints.restore_model({'w': jax.numpy.zeros(())}, one_device())
+      assert params['w'] == max(value, step)
+
+
+def test_signal_is_heeded_between_the_batches_of_an_evaluation(tmp_path, monkeypatch):
+  whole = evaluation.pipeline.eval_batches
+
+  def interrupted(*arguments, **options):
+    with contextlib.closing(whole(*arguments, **options)) as batches:
+      yield next(batches)
+      os.kill(os.getpid(), signal.SIGTERM)
+      yield next(batches)
+      pytest.fail('a third batch was taken')
+
+  monkeypatch.setattr(evaluation.pipeline, 'eval_batches', interrupted)
+  with pytest.raises(loop.Interrupted, match='step 2 and saved'):
+    train_line(Line(4), tmp_path, eval_every=2, checkpoint_every=4)
+  assert not [line for line in metrics_of(tmp_path) if 'validation/w' in line]
+  monkeypatch.undo()
+  _, said = train_line(Line(4), tmp_path, eval_every=2, checkpoint_every=4)
+  assert said == ['resuming from step 2 of 4']
+  assert [line['step'] for line in metrics_of(tmp_path) if 'validation/w' in line] == [2, 4]
+
+
+def test_speed_leaves_the_compiler_and_evaluations_out(tmp_path):
+  class Slow(Line):
+    def train_step(self, state, batch):
+      time.sleep(1)  # while it is traced
+      return super().train_step(state, batch)
+
+    def pictures(self, state, batch):
+      time.sleep(1)
+      return super().pictures(state, batch)
+
+  train_line(Slow(8), tmp_path, log_every=4, pictures_every=2)
+  rates = [line['train/steps_per_second'] for line in metrics_of(tmp_path)]
+  assert len(rates) == 2 and min(rates) > 4, rates
+
+
+@contextlib.contextmanager
+def small_files(size):
+  """Within, no file of this process can grow beyond so many bytes: as a disk that is full by then."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_metrics_are_rewritten_whole_or_not_at_all(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  text = ''.join(f'{{"step": {step}, "train/loss": 1.0}}\n' for step in range(1, 5))
+  path.write_text(text)
+  with small_files(50), pytest.raises(OSError):
+    metrics.Writer(tmp_path, 3)
+  assert path.read_text() == text
+  (tmp_path / 'metrics_before.jsonl').write_text('{"step": 9}\n')
+  with small_files(50), pytest.raises(OSError):
+    metrics.set_aside(tmp_path)
+  assert path.read_text() == text and (tmp_path / 'metrics_before.jsonl').read_text() == '{"step": 9}\n'
+  assert metrics.set_aside(tmp_path) and not path.exists()
+  assert (tmp_path / 'metrics_before.jsonl').read_text() == '{"step": 9}\n' + text
+  path.write_text(text)  # as when a kill came before this file was gone
+  assert metrics.set_aside(tmp_path) and (tmp_path / 'metrics_before.jsonl').read_text() == '{"step": 9}\n' + text
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from var_jax.training.checkpoint import Checkpoints, steps_on_disk
 
 def _begins(workdir, config):
   """Whether a run takes its first parameters from `start_from`: later it goes on from its own checkpoints."""
-  return config.start_from and not steps_on_disk(pathlib.Path(workdir) / 'checkpoints')
+  saved = processes.from_first(steps_on_disk(pathlib.Path(workdir) / 'checkpoints'))
+  return config.start_from and not saved
 
 
 def initial_tokenizer(workdir, config, tokenizer):
@@ -80,11 +81,22 @@ def keep_tokenizer(workdir, place, params):
 
 
 def keep_best(workdir, config, metadata, params, step):
-  """Keeps a model in `WORKDIR/best`, a workdir of its own without what only training needs."""
+  """Keeps a model in `WORKDIR/best`, a workdir of its own without what only training needs, in place of all others.
+
+  A model of the same step stays: a run that was ended at that step keeps it again.
+  """
   best, tokenizer = pathlib.Path(workdir) / 'best', pathlib.Path(workdir) / 'tokenizer'
-  with Checkpoints(best, keep=1) as checkpoints:
-    checkpoints.save_model(step, params, metadata)
-  if processes.is_first() and tokenizer.exists() and not (best / 'tokenizer').exists():
-    shutil.copytree(tokenizer, best / 'tokenizer')
+  with Checkpoints(best, keep=2) as checkpoints:
+    if not processes.from_first(step in checkpoints.steps()):
+      checkpoints.save_model(step, params, metadata)
+  if processes.is_first():
+    for other in steps_on_disk(best / 'checkpoints'):
+      if other != step:  # later ones are of a stretch that a kill has undone
+        shutil.rmtree(best / 'checkpoints' / str(other))
+    if tokenizer.exists() and not (best / 'tokenizer').exists():
+      part = best / '.part_tokenizer'
+      shutil.rmtree(part, ignore_errors=True)
+      shutil.copytree(tokenizer, part)
+      part.rename(best / 'tokenizer')
   workdir_lib.write_config(best, config)
   workdir_lib.keep_class_names(best, workdir)

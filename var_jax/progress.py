@@ -1,12 +1,85 @@
-"""The one progress bar: on stderr, after two seconds, and in a log file only once in half a minute."""
+"""The one progress bar, on stderr and after two seconds: a bar in a terminal, whole lines in a log file."""
 
+import contextlib
 import sys
+import threading
+import time
 
 import tqdm
 
+from var_jax.errors import note
 
-def bar(things=None, *, title, unit, total=None, initial=0, delay=2, show=True):
-  """A tqdm bar over `things`, or of `total` steps to `update`."""
-  slow = 0.5 if sys.stderr.isatty() else 30
-  return tqdm.tqdm(things, total=total, initial=initial, desc=title, unit=unit, mininterval=slow, delay=delay,
-                   disable=not show, dynamic_ncols=True)
+SLOW = 2  # seconds after which what is being done is said
+
+
+def bar(things=None, *, title, unit, total=None, initial=0, delay=SLOW, show=True):
+  """A bar over `things`, or of `total` steps to `update`."""
+  kind = Bar if sys.stderr.isatty() else _Lines
+  return kind(things, total=total, initial=initial, desc=title, unit=unit, delay=delay, disable=not show)
+
+
+class Bar(tqdm.tqdm):
+  """A tqdm bar that leaves pauses out of its rate and of the time left."""
+
+  def __init__(self, things, **options):
+    super().__init__(things, mininterval=0.5, dynamic_ncols=True, leave=None, **options)
+
+  @contextlib.contextmanager
+  def doing(self, what, after=SLOW):
+    """Within, the bar says what is being done in place of its own work; a log file does after so many seconds."""
+    if self.disable:
+      yield
+      return
+    begun = time.time()
+    with self._saying(what, after):
+      yield
+    pause = time.time() - begun
+    self.start_t, self.last_print_t = self.start_t + pause, self.last_print_t + pause
+
+  @contextlib.contextmanager
+  def _saying(self, what, after):
+    self.set_postfix_str(what)
+    yield
+    self.set_postfix_str('', refresh=False)
+
+
+class _Lines(Bar):
+  """The same as lines without control characters, one in half a minute."""
+
+  FORMAT = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
+
+  def __init__(self, things, **options):
+    super().__init__(things, bar_format=self.FORMAT, **options)
+
+  def __iter__(self):
+    with contextlib.closing(self):
+      for thing in self.iterable:
+        yield thing
+        self.update()
+
+  @staticmethod
+  def status_printer(file):
+    return lambda line: line and print(line, file=file, flush=True)
+
+  def display(self, *arguments, **options):
+    self.mininterval = 30  # after the first line, which comes soon
+    return super().display(*arguments, **options)
+
+  def moveto(self, n):
+    pass  # a line stays where it is
+
+  def close(self):
+    if not self.disable and time.time() - self.start_t >= self.delay:
+      self.display()
+    self.leave, self.delay = False, float('inf')  # nothing is left to be cleared
+    super().close()
+
+  @contextlib.contextmanager
+  def _saying(self, what, after):
+    timer = threading.Timer(after, note, [f'{self.desc}: {what}'])
+    timer.daemon = True
+    timer.start()
+    try:
+      yield
+    finally:
+      timer.cancel()

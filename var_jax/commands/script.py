@@ -1,13 +1,13 @@
-"""How every command ends: bad input as one line, Ctrl-C at any moment, and the exit status."""
+"""How every command ends: bad input as one line, Ctrl-C and other signals at any moment, and the exit status."""
 
 import errno
 import io
 import os
 import select
-import signal
 import sys
+import traceback
 
-from var_jax import errors
+from var_jax import errors, signals
 from var_jax.errors import UserError, first_line
 
 
@@ -35,6 +35,10 @@ def status(main, arguments):
     if not (why := _no_device()):
       raise
     return _refused(why)
+  except FloatingPointError as error:  # what JAX_DEBUG_NANS and JAX_DEBUG_INFS are for
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if '/jax/' not in frame.filename]
+    return _refused(f'{first_line(error)} at {frames[-1].filename}:{frames[-1].lineno}; without JAX_DEBUG_NANS and '
+                    'JAX_DEBUG_INFS a run skips such steps')
   except KeyboardInterrupt:
     errors.note('stopped')
     return 130
@@ -95,20 +99,15 @@ def with_huge_pages():
 
 
 def stop_at_once():
-  """Lets Ctrl-C end the process. Not by an exception: imports and compiling threads would swallow it, or crash."""
-
-  def stop(number, frame):
-    os.write(2, b'stopped\n')
-    os._exit(130)
-
-  signal.signal(signal.SIGINT, stop)
+  """Lets signals such as Ctrl-C end the process. Before anything is imported, which takes seconds."""
+  signals.end_at_once()
 
 
 def run(main):
-  """Ends the process with `status` of main(the command line), or at once when Ctrl-C asks for it."""
+  """Ends the process with `status` of main(the command line), or at once when a signal asks for it."""
   stop_at_once()
   code = status(main, sys.argv[1:])
-  if code == 130:
+  if code > 128:
     _flush()
     os._exit(code)
   sys.exit(code)

@@ -220,30 +220,52 @@ class Checkpoints:
 
   def _newest_readable(self, wanted):
     # Of orbax's own list, spoiled ones are left out unsaid, such as an empty folder.
-    steps, reasons = steps_on_disk(self.folder), []
+    steps = sorted(set().union(*processes.from_all(steps_on_disk(self.folder))))
+    reasons, apart = [], False
     for step in reversed(steps):
-      try:
-        with _quiet():
-          _check_files(self.folder / str(step), wanted)
-          shapes, sums, metadata = self._stored(step)
-          _check_shapes(shapes, wanted['model'])
-          items = self._orbax.load_checkpointables(step, wanted)
-          checksums.check(items, sums)
+      items, metadata, failed = self._read(step, wanted)
+      if not failed:
         if reasons:
           self.say(f'using checkpoint {step} instead')
         return items, step, metadata
-      except Exception as error:  # whatever a damaged file makes orbax raise
-        if processes.is_loss(error):
-          raise
-        reasons.append(_cause(error))
+      apart |= len(failed) < jax.process_count()
+      reasons.append(_told(failed))
       logging.getLogger('asyncio').addFilter(_no_straggler)
       self._unreadable.add(step)
       self.say(f'checkpoint {step} in {self.folder} cannot be read ({reasons[-1]})')
     if not steps:
       return None
-    raise UserError(
-        f'none of the checkpoints {steps} in {self.folder} can be read ({reasons[0]}): '
-        'restore them from a copy, or move that folder away to start again')
+    why = f'none of the checkpoints {steps} in {self.folder} can be read ({reasons[0]}): '
+    if apart:
+      raise processes.Apart(f'{why}some processes can read what others cannot: look at their storage, start all again')
+    raise UserError(f'{why}restore them from a copy, or move that folder away to start again')
+
+  def _read(self, step, wanted):
+    """(items, metadata, {process: why it failed}) of a checkpoint, which all processes can read or none takes."""
+    stored, failed = _try(self._look_at, step, wanted)
+    if failed:
+      return None, None, failed
+    items, failed = _try(self._load, step, wanted)
+    if failed:
+      return None, None, failed
+    sums, metadata = processes.from_first(stored)
+    _, failed = _try(checksums.check, items, sums)
+    return items, metadata, failed
+
+  def _look_at(self, step, wanted):
+    """(checksums, metadata) of a checkpoint whose files are there and hold what is wanted."""
+    _check_files(self.folder / str(step), wanted)
+    shapes, sums, metadata = self._stored(step)
+    _check_shapes(shapes, wanted['model'])
+    return sums, metadata
+
+  def _load(self, step, wanted):
+    """The items of a checkpoint, read by each process for itself: orbax would wait for one that cannot read its own."""
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'process_{index}')
+    with ocp.Context(multiprocessing_options=alone):
+      return self._orbax.load_checkpointables(step, wanted)
 
   def _stored(self, step):
     """(shapes of the model, checksums, metadata) of a checkpoint."""
@@ -252,7 +274,10 @@ class Checkpoints:
     return stored.metadata['model'], metadata.pop('checksums', {}), metadata
 
   def newest_metadata(self):
-    """The metadata of the newest checkpoint that has some to read, None when there is none."""
+    """The metadata of the newest checkpoint that the first process can read and that has some, None without one."""
+    return processes.from_first(self._newest_metadata())
+
+  def _newest_metadata(self):
     for step in reversed(self.steps()):
       try:
         with _quiet():
@@ -264,6 +289,26 @@ class Checkpoints:
       if sums or metadata:
         return metadata
     return None
+
+
+def _try(function, *arguments):
+  """(result, {process: why it failed}) of what every process does; no result unless all have one."""
+  result = why = None
+  try:
+    with _quiet():
+      result = function(*arguments)
+  except Exception as error:  # whatever a damaged file makes orbax raise
+    if processes.is_loss(error):
+      raise
+    why = _cause(error)
+  failed = {index: text for index, text in enumerate(processes.from_all(why)) if text is not None}
+  return None if failed else result, failed
+
+
+def _told(failed):
+  """Why processes failed, in one line."""
+  index, why = min(failed.items())
+  return why if len(failed) == jax.process_count() else f'{why}, on process {index} of {jax.process_count()}'
 
 
 def save_params(folder, params):

@@ -16,8 +16,8 @@ def of(tree):
   parts, here = [], []
   with jax.set_mesh(NO_MESH):
     for _, leaf in named:
-      here.append(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable)
-      parts.append(list(_pieces(np.asarray(leaf))) if here[-1] and _on_host(leaf) else _parts(leaf))
+      parts.append(list(_pieces(np.asarray(leaf))) if _on_host(leaf) else _parts(leaf))
+      here.append(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated)
   sums = np.array([sum(map(int, each)) % 2**32 for each in parts], np.uint32)
   if not all(here):  # one message between the processes: on CPUs they confuse many small ones
     sums = np.where(here, sums, multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32))
@@ -32,13 +32,17 @@ def check(tree, wanted):
 
 
 def _on_host(leaf):
-  return not isinstance(leaf, jax.Array) or [device.platform for device in leaf.devices()] == ['cpu']
+  if not isinstance(leaf, jax.Array):
+    return True
+  return leaf.is_fully_addressable and [device.platform for device in leaf.devices()] == ['cpu']
 
 
 def _parts(x):
-  """The sums of those parts of an array that this process has, copies left out."""
+  """The sums of those parts of an array that this process has, copies left out; of what all have, of its own copy."""
   starts = lambda index: np.array([part.start or 0 for part in index], np.uint32)
-  return [_sum(shard.data, starts(shard.index), _strides(x)) for shard in x.addressable_shards if not shard.replica_id]
+  first = x.addressable_shards[:1]
+  parts = first if x.is_fully_replicated else [shard for shard in x.addressable_shards if not shard.replica_id]
+  return [_sum(shard.data, starts(shard.index), _strides(x)) for shard in parts]
 
 
 def _pieces(x):

@@ -1,29 +1,34 @@
 """The one training loop. It never asks which stage it runs.
 
-The order is an invariant: evaluate, save, take the next batch, step. Metrics of a step are fetched after the next one
-has been dispatched, so that the device does not wait for Python.
+The order is an invariant: save, evaluate, take the next batch, step. So an evaluation that fails costs no steps, and
+what is due at a step and not done is done first by the run that resumes there. Metrics of a step are fetched after the
+next one has been dispatched, so that the device does not wait for Python.
 """
 
-import math
+import contextlib
 import signal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from var_jax import axes, progress
+from var_jax import axes, progress, signals
 from var_jax.data import pipeline
 from var_jax.errors import UserError, note
 from var_jax.training import mesh as mesh_lib
 from var_jax.training import metrics as metrics_lib
 from var_jax.training import processes
+from var_jax.training.evaluation import Best, Evaluation, data_options
+
+
+def _saved(step):
+  return f'stopped at step {step} and saved; the same command goes on from there'
 
 
 class Interrupted(Exception):
   """The run was asked to stop and has saved. `signal_number` says by which signal."""
 
   def __init__(self, signal_number, step):
-    super().__init__(f'stopped at step {step} and saved; the same command goes on from there')
+    super().__init__(_saved(step))
     self.signal_number = signal_number
 
 
@@ -34,32 +39,35 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
   summarize(sums) -> scalars, pictures(state, batch) -> {name: (H, W, 3) uint8}, metadata (stored with checkpoints).
   source, validation: see `data.sources`. measure: state -> scalars, called every `config.measure.every` steps.
   keep: called with (parameters, step) where `config.best` is better than ever before. Raises UserError after
-  `max_skipped_in_row` steps without finite gradients, Interrupted after SIGTERM or Ctrl-C.
+  `max_skipped_in_row` steps without finite gradients, Interrupted after one of `signals.NUMBERS`.
   """
   mesh = mesh_lib.make_mesh(**config.mesh)
-  with jax.set_mesh(mesh), processes.stop_requests() as stop:
-    state = _first_state(stage, checkpoints, mesh)
-    start = int(state.step)
-    if start:
-      say(f'resuming from step {start} of {stage.steps}')
-    elif metrics_lib.set_aside(workdir):
-      say(f'no checkpoint in {workdir}: beginning at step 0; the metrics so far are now in metrics_before.jsonl')
-    writer = metrics_lib.Writer(workdir, start)
-    batches = pipeline.train_batches(source, start=start, **_data_options(config, stage, mesh))
-    best = _Best(config.best, writer, keep)
-    evaluate = _Evaluation(stage, config, validation, mesh, writer, measure, best)
-    bar = progress.bar(title=stage.name, unit='step', total=stage.steps, initial=start, delay=0,
-                       show=processes.is_first())
-    try:
-      state = _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop)
-      best.finish(say)
-      return state
-    finally:
-      bar.close()
-      batches.close()
-      writer.close()
-      if batches.skipped:
-        say(f'{batches.skipped} of {batches.drawn} images drawn could not be read; their neighbours took their places')
+  with jax.set_mesh(mesh):
+    state = _first_state(stage, checkpoints, mesh)  # what stops that loses nothing
+    with processes.stop_requests() as stop:
+      start = int(state.step)
+      if start:
+        say(f'resuming from step {start} of {stage.steps}')
+      elif metrics_lib.set_aside(workdir):
+        say(f'no checkpoint in {workdir}: beginning at step 0; the metrics so far are now in metrics_before.jsonl')
+      writer = metrics_lib.Writer(workdir, start)
+      batches = pipeline.train_batches(source, start=start, **data_options(config, stage, mesh))
+      best = Best(config.best, writer, keep, start)
+      evaluation = Evaluation(stage, config, validation, mesh, writer, measure, best, stop, start)
+      bar = progress.bar(title=stage.name, unit='step', total=stage.steps, initial=start, delay=0,
+                         show=processes.is_first())
+      try:
+        steps = _Steps(stage, config, state, mesh, stop, checkpoints)
+        state = _run(stage, config, state, steps, batches, evaluation, checkpoints, writer, bar)
+        best.finish(say)
+        return state
+      finally:
+        bar.close()
+        batches.close()
+        writer.close()
+        if batches.skipped:
+          say(f'{batches.skipped} of {batches.drawn} images drawn could not be read; their neighbours took their '
+              'places')
 
 
 def _first_state(stage, checkpoints, mesh):
@@ -72,13 +80,6 @@ def _first_state(stage, checkpoints, mesh):
   init = jax.jit(stage.init, out_shardings=places, compiler_options=options)
   state = restored[0] if restored else init(stage.initial)
   return state.replace(frozen=mesh_lib.put_state(stage.frozen, mesh))
-
-
-def _data_options(config, stage, mesh):
-  data, (index, count) = config.data, mesh_lib.process_part(mesh, config.batch_size)
-  return dict(
-      batch_size=config.batch_size, size=stage.image_size, seed=config.seed, enlarge=data.enlarge, flip=data.flip,
-      workers=data.workers, process_index=index, process_count=count)
 
 
 def jitted_step(stage, state, mesh):
@@ -95,111 +96,107 @@ def jitted_step(stage, state, mesh):
   return jax.jit(step, donate_argnums=0, out_shardings=(places, mesh_lib.replicated(mesh)))
 
 
-def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop):
-  train_step, several = jitted_step(stage, state, mesh), jax.process_count() > 1
-  mean, pending, start = metrics_lib.Mean(), None, int(state.step)
-  step, asked = start, None if several else stop  # several processes stop together, after the step that told them all
+class _Steps:
+  """Dispatches steps, and fetches the metrics of each once the next is dispatched, or when `fetch` is called.
 
-  def fetch():
-    """Takes in the metrics of the step before the one under way."""
-    nonlocal asked
-    if pending is None:
+  asked: the signals that asked to stop; several processes stop together, after the step that told them all. mean: of
+  the metrics fetched. last: those of the step fetched last, None at first. ready: the program, None at first.
+  """
+
+  def __init__(self, stage, config, state, mesh, stop, checkpoints):
+    self._step, self._config, self._mesh, self._stop = jitted_step(stage, state, mesh), config, mesh, stop
+    self._checkpoints, self._several, self._pending = checkpoints, jax.process_count() > 1, None
+    self.asked, self.mean, self.last, self.ready = [] if self._several else stop, metrics_lib.Mean(), None, None
+
+  def first_batch(self, state, step, batches, bar):
+    """The first batch, once the program for it is compiled: its time is nobody's rate, and a signal ends it at once."""
+    free = signals.at_once(_saved(step) if step else 'stopped before the first step')
+    with contextlib.nullcontext() if self._several else free, bar.doing('compiling the first step', 0):
+      with self.mean.paused():
+        batch = next(batches)
+        if not (jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs):
+          self.ready = self._step.lower(state, *self._put(batch)).compile()
+    self.ready = self.ready or self._step
+    return batch
+
+  def take(self, state, step, batch):
+    """The state after a step more."""
+    state, metrics = self.ready(state, *self._put(batch))
+    if self._several and not self.asked and processes.preempted(step + 1):
+      self.asked.append(signal.SIGTERM)
+    self.fetch(step)
+    self._pending = metrics
+    return state
+
+  def fetch(self, step):
+    """Takes in the metrics of the step before `step`, if that is to be done. UserError when too many were skipped."""
+    if self._pending is None:
       return
-    mean.add({name: value for name, value in pending.items() if name != 'stop'})
-    if several and (number := int(pending['stop'])):
-      asked = [number]
-    if int(pending['skipped_in_row']) >= config.max_skipped_in_row:
-      checkpoints.finish()
+    self.last, self._pending = self._pending, None
+    self.mean.add({name: value for name, value in self.last.items() if name != 'stop'})
+    if self._several and (number := int(self.last['stop'])):
+      self.asked.append(number)
+    most = self._config.max_skipped_in_row
+    if int(self.last['skipped_in_row']) >= most:
+      self._checkpoints.finish()
       raise UserError(
-          f'{config.max_skipped_in_row} steps in a row up to step {step} had gradients that are not finite: lower '
-          f'optimizer.peak_lr or use float32; the last checkpoint is step {(checkpoints.steps() or [0])[-1]}')
+          f'{most} steps in a row up to step {step} had gradients that are not finite: lower optimizer.peak_lr or use '
+          f'float32, in another --workdir; the last checkpoint is step {(self._checkpoints.steps() or [0])[-1]}')
 
+  def _put(self, batch):
+    number = self._stop[0] if self._stop else 0
+    return mesh_lib.put_batch(batch, self._mesh), mesh_lib.put_number(number, self._mesh)
+
+
+def _run(stage, config, state, steps, batches, evaluation, checkpoints, writer, bar):
+  step = start = int(state.step)
   while True:
     last = step >= stage.steps
-    due = lambda every: step > start and every > 0 and (step % every == 0 or last)
-    if due(config.log_every) or last and pending is not None:
-      fetch()
-      pending = None
-      scalars = mean.take()
+    due = lambda every: step > 0 and every > 0 and (step % every == 0 or last)
+    if step > start and (due(config.log_every) or last):
+      steps.fetch(step)
+      scalars = steps.mean.take()
       scalars['images_per_second'] = scalars['steps_per_second'] * config.batch_size
       writer.scalars(step, {f'train/{name}': value for name, value in scalars.items()})
-    evaluate.at(state, step, due)
-    if due(config.checkpoint_every) or last or asked:
+    parts = evaluation.due(step, due)
+    saved = step == start > 0
+    if step > start and due(config.checkpoint_every) or last:
       checkpoints.save(state, stage.metadata)
-    if asked or last:
+      saved = True
+    if saved and parts or last:
       checkpoints.finish()
-    if asked and not last:
+    asked = steps.asked[:1]
+    if not asked:
+      with steps.mean.paused(), _nothing_lost(checkpoints, state, step, stage.metadata, saved):
+        asked = evaluation.run(state, step, parts, bar)
+    if asked and (not last or evaluation.due(step, due)):
+      checkpoints.save(state, stage.metadata)
+      checkpoints.finish()
       raise Interrupted(asked[0], step)
     if last:
       return state
-    batch = mesh_lib.put_batch(next(batches), mesh)
-    state, metrics = train_step(state, batch, mesh_lib.put_number(stop[0] if stop else 0, mesh))
-    if several and not asked and processes.preempted(step + 1):
-      asked = [signal.SIGTERM]
-    fetch()
-    if pending is not None and not bar.disable:
-      rate = (step - start) * config.batch_size / bar.format_dict['elapsed']
-      bar.set_postfix_str(f'loss {float(pending["loss"]):.4f}, {rate:.0f} images/s', refresh=False)
-    pending, step = metrics, step + 1
+    batch = next(batches) if steps.ready else steps.first_batch(state, step, batches, bar)
+    state, step = steps.take(state, step, batch), step + 1
+    if steps.last and not bar.disable:
+      rate = (step - 1 - start) * config.batch_size / max(bar.format_dict['elapsed'], 1e-9)
+      bar.set_postfix_str(f'loss {float(steps.last["loss"]):.4f}, {rate:.0f} images/s', refresh=False)
     bar.update()
 
 
-class _Best:
-  """Watches one scalar, lower being better, or higher with '-' before its name; '' watches nothing."""
+@contextlib.contextmanager
+def _nothing_lost(checkpoints, state, step, metadata, saved):
+  """Within, an evaluation may fail or be stopped. What is not saved yet is then, or else a signal may end it at once.
 
-  def __init__(self, name, writer, keep):
-    self._name, self._sign = name.removeprefix('-'), -1 if name.startswith('-') else 1
-    self._writer, self._keep = writer, keep
-    values = writer.history(self._name) if name else []
-    self._lowest = processes.from_first(min((self._sign * value for value in values), default=math.inf))
-
-  def check(self, state, step):
-    """Keeps the model if the scalar was measured at this step and is better than ever."""
-    value = self._writer.at(self._name, step) if self._name else None
-    if value is not None and self._sign * value < self._lowest:
-      self._lowest = self._sign * value
-      self._keep(state.model, step)
-
-  def finish(self, say):
-    """Says so when the scalar was never measured."""
-    if self._name and self._lowest == math.inf:
-      say(f'best={self._name!r} was never measured, so no best model was kept: see the names in metrics.jsonl')
-
-
-class _Evaluation:
-  """Scalars and pictures on held-out images, figures of samples, the best model. The batches are always the same."""
-
-  def __init__(self, stage, config, source, mesh, writer, measure, best):
-    self.stage, self.config, self.source, self.mesh = stage, config, source, mesh
-    self.writer, self._measure, self._best = writer, measure, best
-    self._step = jax.jit(stage.eval_step, out_shardings=mesh_lib.replicated(mesh))
-
-  def at(self, state, step, due):
-    """All that is due at a step. due: setting -> whether."""
-    if due(self.config.eval_every):
-      self.scalars(state, step)
-    if due(self.config.pictures_every):
-      self.pictures(state, step)
-    if self._measure and due(self.config.measure.every):
-      figures = self._measure(state)
-      self.writer.scalars(step, {f'samples/{name}': value for name, value in figures.items()})
-    self._best.check(state, step)
-
-  def _batches(self, limit):
-    options = _data_options(self.config, self.stage, self.mesh)
-    for name in ('seed', 'flip'):
-      options.pop(name)
-    return pipeline.eval_batches(self.source, limit=limit, **options)
-
-  def scalars(self, state, step):
-    sums = None
-    for batch in self._batches(self.config.eval_images or None):
-      new = jax.tree.map(np.asarray, self._step(state, mesh_lib.put_batch(batch, self.mesh)))
-      sums = new if sums is None else jax.tree.map(np.add, sums, new)
-    scalars = self.stage.summarize(sums)
-    self.writer.scalars(step, {f'validation/{name}': value for name, value in scalars.items()})
-
-  def pictures(self, state, step):
-    batch = next(iter(self._batches(self.config.batch_size)))
-    for name, picture in self.stage.pictures(state, mesh_lib.put_batch(batch, self.mesh)).items():
-      self.writer.picture(step, name, picture)
+  But several processes cannot save together when one of them fails: they lose what is not saved.
+  """
+  alone = jax.process_count() == 1
+  free = signals.at_once(_saved(step))
+  try:
+    with free if saved and alone else contextlib.nullcontext():
+      yield
+  except Exception:
+    if alone:
+      checkpoints.save(state, metadata)
+      checkpoints.finish()
+      note(f'the evaluation of step {step} failed; the state is saved, and the same command begins with what is left')
+    raise

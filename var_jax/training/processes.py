@@ -1,6 +1,7 @@
 """Several processes as one program: how they join, which of them writes files, and what one says to all."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from var_jax import signals
 from var_jax.errors import UserError
 
 LOST = 75  # exit status when another process is missing: "try again", as in sysexits.h; nothing is wrong with the input
@@ -68,6 +70,10 @@ def _nobody(how, why):
                    '--distributed=HOST:PORT,COUNT,INDEX')
 
 
+class Apart(Exception):
+  """The processes do not see the same files: no fault of the input, and another start may see them."""
+
+
 @contextlib.contextmanager
 def together():
   """Within, an error of one of several processes ends it at once: jax would first wait for the others, for minutes."""
@@ -79,6 +85,8 @@ def together():
     line = ' '.join(str(error).split())[:300]
     if isinstance(error, UserError):
       leave(line, 2)
+    if isinstance(error, Apart):
+      leave(line)
     if is_loss(error):
       leave('another process died, or the network between them: start all again, they go on from what is saved '
             f'({line})')
@@ -88,7 +96,7 @@ def together():
 
 @contextlib.contextmanager
 def stop_requests():
-  """A list that receives the number of each SIGTERM or SIGINT; a second Ctrl-C stops at once."""
+  """A list that receives the number of each of `signals.NUMBERS` that comes; a second Ctrl-C stops at once."""
   received = []
 
   def note(number, frame):
@@ -96,12 +104,18 @@ def stop_requests():
       raise KeyboardInterrupt
     received.append(number)
 
-  previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield received
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
+  with signals.waiting():
+    previous = {number: signal.signal(number, note) for number in signals.heard()}
+    try:
+      yield received
+    finally:
+      for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def asked(received):
+  """The number of a signal that any of the processes received, 0 for none: the same on all, which all have to ask."""
+  return max(from_all(received[0] if received else 0))
 
 
 def is_loss(error):
@@ -140,6 +154,18 @@ def preempted(step):
   return multihost_utils.reached_preemption_sync_point(step)
 
 
-def from_first(number):
-  """The first process's number, on all."""
-  return float(multihost_utils.broadcast_one_to_all(np.float32(number))) if jax.process_count() > 1 else number
+def from_first(value):
+  """The first process's value, one that JSON can hold, on all."""
+  return from_all(value)[0]
+
+
+def from_all(value):
+  """[each process's value], of those that JSON can hold; the same list on all."""
+  if jax.process_count() == 1:
+    return [value]
+  content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  lengths = np.ravel(multihost_utils.process_allgather(np.array([len(content)], np.int32)))
+  padded = np.zeros(1 << int(lengths.max()).bit_length(), np.uint8)  # few lengths: each is a program of its own
+  padded[:len(content)] = content
+  rows = np.reshape(multihost_utils.process_allgather(padded), (len(lengths), -1))
+  return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths)]
