@@ -1,12 +1,15 @@
 """The commands as a person types them: train both stages, sample, reconstruct; and `var_jax.load` says the same."""
 
+import gc
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -217,6 +220,70 @@ def test_loaded_model_refuses_what_does_not_fit(generator, tokenizer):
                lambda: var_jax.load(tokenizer).sample([0])):
     with pytest.raises(UserError):
       call()
+
+
+@pytest.fixture(scope='module')
+def model(generator):
+  return var_jax.load(generator)
+
+
+class Tensor:
+  """As those of other libraries: an array with methods in place of attributes."""
+
+  def __init__(self, values):
+    self.values = np.asarray(values)
+    self.shape = self.values.shape
+
+  def __array__(self, dtype=None, copy=None):
+    return self.values
+
+  def size(self):
+    return self.shape
+
+  def item(self):
+    return self.values.item()
+
+
+def test_model_takes_numbers_and_arrays_of_any_library(model):
+  tokens = model.sample([1, 2, 3], seed=2, top_k=0, top_p=0).tokens
+  for same in (model.sample(Tensor([1, 2, 3]), Tensor(2), top_k=None, top_p=None),
+               model.sample(np.uint8([1, 2, 3]), np.int64(2), top_k=0.0, top_p=np.float32(0), batch_size=np.int8(64))):
+    np.testing.assert_array_equal(same.tokens, tokens)
+  np.testing.assert_array_equal(model.decode(Tensor(tokens)), model.decode(tokens))
+
+
+@pytest.mark.parametrize('wrong', [
+    {'seed': None}, {'seed': 1.5}, {'seed': -1}, {'seed': 'a'}, {'seed': float('nan')}, {'cfg': [1]}, {'cfg': None},
+    {'first': -1}, {'first': 2**32 - 1}, {'first': None}, {'top_k': 1.5}, {'top_k': '3'}, {'top_p': float('nan')},
+    {'temperature': float('inf')}, {'temperature': None}, {'batch_size': 0}, {'batch_size': None}, {'labels': [True]},
+    {'labels': ['cat']}, {'labels': [[1], [2]]}, {'labels': [[1], [2, 3]]}, {'labels': None}, {'labels': [2**63]},
+    {'labels': object()}], ids=str)
+def test_model_refuses_what_is_no_such_number(model, wrong):
+  with pytest.raises(UserError) as error:
+    model.sample(**{'labels': [0, 1]} | wrong)
+  assert '\n' not in str(error.value)
+
+
+def test_floats_from_0_to_1_are_told_from_those_from_minus_1(model):
+  """x / 255 would pass as a bright image. White is white in both."""
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+  with pytest.raises(UserError, match=r'uint8, or floats in \[-1, 1\]'):
+    model.encode(pixels / 255)
+  for images in (pixels.astype(int), [[1], [2, 3]], pixels > 9, None):
+    with pytest.raises(UserError):
+      model.encode(images)
+  white = np.full((1, 8, 8, 3), 255, np.uint8)
+  np.testing.assert_array_equal(model.encode(np.ones((1, 8, 8, 3))), model.encode(white))
+
+
+def test_model_that_is_let_go_is_freed(generator):
+  """Its programs held it, and its parameters with it."""
+  model = var_jax.load(generator)
+  model.sample([0])
+  gone = [weakref.ref(model), *map(weakref.ref, jax.tree.leaves(model.params))]
+  del model
+  gc.collect()
+  assert not any(reference() is not None for reference in gone)
 
 
 # --- help and experiments --------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """A trained model for notebooks and commands: `model = var_jax.load(DIR); model.sample([3, 7], seed=0)`."""
 
-import functools
 import hashlib
 import json
+import numbers
 import pathlib
 from typing import Any, NamedTuple
 
@@ -13,10 +13,13 @@ import numpy as np
 from var_jax import progress
 from var_jax import workdir as workdir_lib
 from var_jax.data.images import to_float, to_uint8
-from var_jax.errors import UserError
+from var_jax.errors import UserError, first_line
 from var_jax.generator import sampling
 from var_jax.training import checksums
 from var_jax.training import mesh as mesh_lib
+
+
+MOST_SEED = 2**32 - 1  # of seeds and of images' numbers
 
 
 class Samples(NamedTuple):
@@ -45,6 +48,7 @@ class Model:
       generator_params = jax.tree_util.tree_map_with_path(_kernel_in_bfloat16, generator_params)
     params = {'tokenizer': tokenizer_params} | ({'generator': generator_params} if generator else {})
     self.params = mesh_lib.put_state(params, self.mesh)
+    self._programs = {}  # compiled for this model, and freed with it
 
   @property
   def identity(self):
@@ -61,7 +65,10 @@ class Model:
 
     labels: N class numbers; top_k, top_p: 0 turns the filter off. UserError for a label or value out of range.
     """
-    labels, index = self.check_labels(labels), np.arange(first, first + np.size(labels), dtype=np.uint32)
+    labels, first = self.check_labels(labels), whole('first', first, 0, MOST_SEED)
+    if first + len(labels) > MOST_SEED + 1:
+      raise UserError(f'image {first + len(labels) - 1} has no randomness of its own: images count up to {MOST_SEED}')
+    index = np.arange(first, first + len(labels), dtype=np.int64).astype(np.uint32)
     run = self._sampler(seed, cfg, top_k, top_p, temperature, smooth)
     images, tokens = self._in_batches(run, (labels, index), batch_size, 'sampling' if progress else None)
     return Samples(images, labels, tokens)
@@ -74,7 +81,7 @@ class Model:
     drawn, and the 1x1 scale stays always. labels: classes of the new parts, None for none of them.
     """
     self._check_generator()
-    tokens, redraw = self.encode(images, batch_size=batch_size), np.asarray(redraw)
+    tokens, redraw = self.encode(images, batch_size=batch_size), _array('redraw', redraw)
     (height, width), stride = self.tokenizer.image_size, self.tokenizer.stride
     if redraw.shape != (len(tokens), height, width) or redraw.dtype != bool:
       raise UserError(f'redraw must be bool ({len(tokens)}, {height}, {width}), not {redraw.dtype} {redraw.shape}')
@@ -105,37 +112,42 @@ class Model:
 
   def _sampler(self, seed, cfg, top_k, top_p, temperature, smooth):
     """(labels, indices[, given tokens, keep mask]) -> images, tokens, for one batch."""
-    if not 0 <= seed < 2**32:
-      raise UserError(f'seed {seed} is out of range: use 0 or more, and at most {2**32 - 1}')
-    check_choices(cfg, top_k, top_p, temperature)
-    draw = self._jitted_sampler(int(top_k), top_p > 0, cfg > 0, bool(smooth))
-    numbers = (np.uint32(seed), np.float32(cfg), np.float32(top_p), np.float32(temperature))
-    return lambda labels, index, *given: draw(self.params, labels, index, *numbers, given or None)
+    seed = whole('seed', seed, 0, MOST_SEED)
+    cfg, top_k, top_p, temperature = check_choices(cfg, top_k, top_p, temperature)
+    draw = self._jitted_sampler(top_k, top_p > 0, cfg > 0, bool(smooth))
+    scalars = (np.uint32(seed), np.float32(cfg), np.float32(top_p), np.float32(temperature))
+    return lambda labels, index, *given: draw(self.params, labels, index, *scalars, given or None)
 
-  @functools.cache
   def _jitted_sampler(self, top_k, use_top_p, use_cfg, smooth):
-    @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(self.mesh))
+    generator, tokenizer = self.generator, self.tokenizer
+
     def draw(params, labels_B, index_B, seed, cfg, top_p, temperature, given):
       choices = sampling.Choices(
           cfg if use_cfg else 0.0, top_k, top_p if use_top_p else 0.0, temperature, smooth)
       keys_B = sampling.image_keys(seed, index_B)
-      out = sampling.sample(self.generator, self.tokenizer, params, labels_B, keys_B, choices, given)
+      out = sampling.sample(generator, tokenizer, params, labels_B, keys_B, choices, given)
       return out.image_BxHxWx3, out.tokens_BxL
 
-    return draw
+    return self._program(('draw', top_k, use_top_p, use_cfg, smooth), draw)
 
-  @functools.cache
   def _tokenize(self, method):
-    apply = jax.jit(lambda params, x: self.tokenizer.apply({'params': params}, x, method=method),
-                    out_shardings=mesh_lib.replicated(self.mesh))
+    tokenizer = self.tokenizer
+    apply = self._program(method, lambda params, x: tokenizer.apply({'params': params}, x, method=method))
     return lambda x: (apply(self.params['tokenizer'], x),)
+
+  def _program(self, key, function):
+    """The function, jitted once for each key. It must not hold the model, which would then hold itself."""
+    if key not in self._programs:
+      self._programs[key] = jax.jit(function, out_shardings=mesh_lib.replicated(self.mesh))
+    return self._programs[key]
 
   def _in_batches(self, run, arrays, batch_size, title=None):
     """Runs batches of one fixed size over all devices; images come back as uint8."""
     count, devices = len(arrays[0]), mesh_lib.batch_parts(self.mesh)
+    batch_size = whole('batch_size', batch_size, 1)
     if not count:
       raise UserError('there is nothing to do: give at least one image, label or row of tokens')
-    batch_size = -(-min(max(batch_size, 1), count) // devices) * devices
+    batch_size = -(-min(batch_size, count) // devices) * devices
     parts = []
     for start in progress.bar(range(0, count, batch_size), title=title, unit='batch', show=title is not None):
       part = [np.resize(a[start:start + batch_size], (batch_size, *a.shape[1:])) for a in arrays]
@@ -152,7 +164,7 @@ class Model:
   def check_labels(self, labels):
     """(N,) labels as int32. Raises UserError for labels that the model cannot draw."""
     self._check_generator()
-    labels, classes = np.atleast_1d(np.asarray(labels)), self.generator.classes
+    labels, classes = np.atleast_1d(_array('labels', labels)), self.generator.classes
     if not labels.size:
       raise UserError('no labels: give at least one class number')
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
@@ -163,17 +175,22 @@ class Model:
     return labels.astype(np.int32)
 
   def _check_images(self, images):
-    images, size = np.asarray(images), self.tokenizer.image_size
+    images, size = _array('images', images), self.tokenizer.image_size
     if images.ndim != 4 or images.shape[1:] != (*size, 3):
       raise UserError(f'images must be (N, {size[0]}, {size[1]}, 3), not {images.shape}: resize them first')
     if images.dtype == np.uint8:
       return to_float(images)
-    if not np.all(np.abs(images) <= 1 + 1e-5):
-      raise UserError('images that are not uint8 must lie in [-1, 1]: scale them, or pass uint8')
+    if not np.issubdtype(images.dtype, np.floating) or not np.all(np.abs(images) <= 1 + 1e-5):
+      raise UserError(f'images are uint8, or floats in [-1, 1], not {images.dtype} with other values: scale them, or '
+                      'pass uint8')
+    as_bytes = (images + 1) * 127.5
+    if images.size and images.min() >= 0 and np.abs(as_bytes - np.rint(as_bytes)).max() > 1e-2:
+      raise UserError('images are uint8, or floats in [-1, 1], and these seem to lie in [0, 1]: pass uint8, or '
+                      '2 * images - 1')
     return images.astype(np.float32)
 
   def _check_tokens(self, tokens):
-    tokens, length, codes = np.asarray(tokens), self.tokenizer.pyramid.length, self.tokenizer.codes
+    tokens, length, codes = _array('tokens', tokens), self.tokenizer.pyramid.length, self.tokenizer.codes
     if not np.issubdtype(tokens.dtype, np.integer):
       raise UserError(f'tokens must be whole numbers, not {tokens.dtype}')
     if tokens.ndim != 2 or tokens.shape[1] != length:
@@ -184,15 +201,46 @@ class Model:
 
 
 def check_choices(cfg, top_k, top_p, temperature):
-  """Raises UserError for values that nothing can be drawn with."""
+  """The numbers themselves; None turns top_k and top_p off, as 0 does. UserError for what nothing can be drawn with."""
+  cfg, top_p = number('cfg', cfg), number('top_p', 0 if top_p is None else top_p)
+  top_k, temperature = whole('top_k', 0 if top_k is None else top_k), number('temperature', temperature)
   if not 0 <= cfg <= 100:
     raise UserError(f'cfg {cfg} is not between 0 (no guidance) and 100; 1.5 is usual')
   if top_k < 0:
     raise UserError(f'top_k {top_k} is negative: use 0 to turn it off')
   if not 0 <= top_p <= 1:
     raise UserError(f'top_p {top_p} is not between 0 and 1; 0 turns it off')
-  if not temperature > 0:
-    raise UserError(f'temperature {temperature} is not above 0: use top_k=1 for the likeliest tokens')
+  if not 0 < temperature < np.inf:
+    raise UserError(f'temperature {temperature} is not above 0 and finite: use top_k=1 for the likeliest tokens')
+  return cfg, top_k, top_p, temperature
+
+
+def number(name, value):
+  """A float or int. UserError for anything but one number."""
+  if isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)):
+    return value
+  if getattr(value, 'shape', None) == () and not isinstance(value, (bool, np.bool_)):  # an array of one number
+    return number(name, value.item())
+  raise UserError(f'{name} is {value!r}: give one number')
+
+
+def whole(name, value, least=None, most=None):
+  """An int. UserError for anything but a whole number, or for one out of range."""
+  value = number(name, value)
+  if value != value or value in (np.inf, -np.inf) or value != int(value):
+    raise UserError(f'{name} is {value!r}: give a whole number')
+  if least is not None and value < least or most is not None and value > most:
+    raise UserError(f'{name} {int(value)} is out of range: use {least} or more'
+                    + (f', and at most {most}' if most else ''))
+  return int(value)
+
+
+def _array(name, values):
+  """As a NumPy array; of tensors of other libraries too. UserError for what is none."""
+  try:
+    return np.asarray(values)
+  except Exception as error:  # whatever foreign objects raise
+    raise UserError(f'{name} cannot be made an array ({first_line(error)}): give a NumPy array') from error
 
 
 def _kernel_in_bfloat16(path, x):
