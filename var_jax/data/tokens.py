@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from var_jax.data.files import digests
 from var_jax.data.images import UnreadableImage
-from var_jax.errors import UserError
+from var_jax.errors import UserError, first_line
 
 DESCRIPTION = 'tokens.json'
 PER_SHARD = 10_000  # images
@@ -61,9 +61,14 @@ class TokenSource:
     return len(self._records)
 
   def __getitem__(self, index):
-    record = self._records[index]
-    tokens_CxL = np.frombuffer(record, token_type(self._codes), offset=4).reshape(self._shape)
-    return tokens_CxL.astype(np.int32), int(np.frombuffer(record, np.int32, 1)[0])
+    try:
+      record = self._records[index]
+      tokens_CxL = np.frombuffer(record, token_type(self._codes), offset=4).reshape(self._shape)
+      return tokens_CxL.astype(np.int32), int(np.frombuffer(record, np.int32, 1)[0])
+    except (RuntimeError, ValueError) as error:  # array_record's, and of a record that is too short
+      file = self._files[min(index // PER_SHARD, len(self._files) - 1)]
+      raise UserError(f'{file} is damaged ({first_line(error)}): remove it and run `var-jax tokenize` again, which makes '
+                      'what is missing') from error
 
   def sizes(self):
     return []
