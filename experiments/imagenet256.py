@@ -4,8 +4,14 @@ python -m var_jax train --config=experiments/imagenet256.py:tokenizer --workdir=
     --config.data.path=DIR/imagenet2012/5.1.0
 python -m var_jax train --config=experiments/imagenet256.py:generator,depth=16 --workdir=runs/imagenet256/d16 \
     --config.data.path=DIR/imagenet2012/5.1.0 --config.tokenizer=runs/imagenet256/tokenizer
-DIR: prepared by tensorflow-datasets in the ArrayRecord format (pip install 'var_jax[tfds]' to read it, and
-'var_jax[tfds_prepare]' to prepare it). --config.data.source=folder takes ImageNet's own layout instead.
+DIR: prepared once by tensorflow-datasets in the ArrayRecord format, from a folder that has ILSVRC2012_img_train.tar and
+ILSVRC2012_img_val.tar of image-net.org (reading DIR later takes 'var_jax[tfds]' alone):
+pip install 'var_jax[tfds_prepare]'
+tfds build imagenet2012 --file_format=array_record --manual_dir=FOLDER_OF_THE_TARS --data_dir=DIR
+--config.data.source=folder takes ImageNet's own layout instead.
+The tokenizer's loss has LPIPS, whose weights are not ours to give: --config.loss.lpips_weights=FILE,FILE names
+torchvision's vgg16-397923af.pth (download.pytorch.org/models) and the heads, lpips/weights/v0.1/vgg.pth of the PyPI
+package lpips; or --config.loss.lpips=0. On several machines give absolute paths that all of them see.
 
 Expect, as published (not measured here, where no accelerator is at hand): FID 3.30, 2.57, 2.09, 1.92 for depth 16, 20,
 24, 30 with cfg 1.5, top_k 900, top_p 0.96; training loss of depth 16, mean and last scale, 6.541 and 5.960 after 10

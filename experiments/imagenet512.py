@@ -4,7 +4,8 @@ python -m var_jax train --config=experiments/imagenet512.py:tokenizer --workdir=
     --config.data.path=DIR/imagenet2012/5.1.0
 python -m var_jax train --config=experiments/imagenet512.py:generator --workdir=runs/imagenet512/d36 \
     --config.data.path=DIR/imagenet2012/5.1.0 --config.tokenizer=runs/imagenet512/tokenizer
-DIR as in imagenet256.py. Expect, as published (not measured here): FID 2.63, Inception Score 303.2 at 2.3B parameters.
+DIR and the weights of LPIPS as in imagenet256.py. Expect, as published (not measured here): FID 2.63, Inception Score
+303.2 at 2.3B parameters.
 """
 
 from var_jax import configs

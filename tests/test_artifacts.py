@@ -137,6 +137,14 @@ def test_artifacts_hold_what_they_need_and_no_more(folder):
   assert sizes['encode'] < params + 200_000 < sizes['sample'] + 200_000, sizes
 
 
+def test_platforms_count_once_and_class_names_come_along(workdirs, tmp_path):
+  workdir = shutil.copytree(workdirs[0], tmp_path / 'w')
+  workdir_lib.write_class_names(workdir, ['cat', 'Hündin'])
+  assert main(['export', f'--workdir={workdir}', f'--out={tmp_path / "out"}', '--platforms=cpu, cpu']) == 0
+  about = json.loads((tmp_path / 'out/about.json').read_text())
+  assert about['platforms'] == ['cpu'] and about['class_names'] == ['cat', 'Hündin']
+
+
 def test_export_refuses_what_does_not_fit(workdirs, folder, tmp_path, capsys):
   workdir, new = f'--workdir={workdirs[1]}', f'--out={tmp_path / "new"}'
   for arguments, word in (([workdir, f'--out={folder}'], 'already'), ([workdir, new, '--platforms=gpu'], 'gpu'),

@@ -446,6 +446,13 @@ def test_full_disk_while_saving_loses_nothing(left, at, refused):
     assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == ['4', '6']
 
 
+def test_full_disk_while_exporting_leaves_nothing_half_written(at, refused):
+  """What is there would be in the way of the next try."""
+  with small_disk(at.tmp / 'disk', '64k') as disk:
+    refused('No space left', 'export', f'--workdir={at.tok}', f'--out={disk / "out"}', '--platforms=cpu')
+    assert snapshot(disk) == {'out': 'folder'}
+
+
 @pytest.mark.parametrize('name', ['x.npz', 'x.png', 'many'])
 def test_full_disk_while_sampling_keeps_what_was_there(name, at, refused):
   with small_disk(at.tmp / 'disk', '1m') as disk:

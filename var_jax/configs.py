@@ -12,6 +12,9 @@ import ml_collections
 from var_jax.errors import UserError
 
 
+WORDS = {'': True, 'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
+
+
 def _common(stage):
   return ml_collections.ConfigDict(dict(
       stage=stage,
@@ -150,8 +153,8 @@ def parse_argument(argument, **options):
       raise UserError(f'this experiment has no option {name!r}: it takes {", ".join(options)}')
     kind = type(options[name])
     try:
-      values[name] = text.lower() in ('', '1', 'true') if kind is bool else kind(text)
-    except ValueError:
+      values[name] = WORDS[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
       raise UserError(f'option {name}={text!r} must be of type {kind.__name__}') from None
   return stage, values
 

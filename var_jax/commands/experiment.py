@@ -14,13 +14,12 @@ import types
 import ml_collections
 
 import var_jax
-from var_jax import paths
+from var_jax import configs, paths
 from var_jax.errors import UserError, did_you_mean, note
 
 PATHS = ('data.path', 'tokenizer', 'start_from', 'measure.inception')  # settings that are a path
 PATH_LISTS = ('loss.lpips_weights',)  # or several, FILE,FILE
 PREFIX = '--config.'
-WORDS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 
 
 def read_config(path, overrides):
@@ -144,9 +143,9 @@ def _example(old):
 def _parse(text, old):
   """A value of the kind of the one that it replaces. Raises ValueError whose message is what the text should be."""
   if isinstance(old, bool):
-    if text.lower() not in WORDS:
+    if not text or text.lower() not in configs.WORDS:
       raise ValueError('true or false')
-    return WORDS[text.lower()]
+    return configs.WORDS[text.lower()]
   if isinstance(old, int):
     return _number(text, int, 'a whole number')
   if isinstance(old, float):

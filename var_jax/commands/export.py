@@ -1,6 +1,7 @@
 """`var-jax export`: artifacts that run without var_jax, and parameters alone."""
 
 import pathlib
+import shutil
 
 from var_jax.commands import flags, output
 from var_jax.errors import UserError
@@ -21,12 +22,14 @@ def main(arguments):
   parser.add_argument('--raw', action='store_true', help='the parameters themselves where a run keeps an average (EMA)')
   flags.add_choices(parser, cfg=False)
   options = parser.parse_args(arguments)
-  out, platforms = pathlib.Path(options.out), options.platforms.split(',')
+  out = pathlib.Path(options.out)
+  platforms = list(dict.fromkeys(name.strip() for name in options.platforms.split(',')))  # each once, in order
 
   from var_jax.generator.sampling import Choices
   from var_jax.interop import artifacts
   from var_jax.model import check_choices, load
   from var_jax.training.checkpoint import save_params
+  from var_jax.workdir import class_names
 
   for name in platforms:
     if name not in artifacts.PLATFORMS:
@@ -35,9 +38,14 @@ def main(arguments):
     raise UserError(f'--out={out} is there already: name an empty or a new folder')
   choices = Choices(**flags.choices(options))
   check_choices(*choices[:4])
-  model = load(options.workdir, raw=options.raw)
+  model, names = load(options.workdir, raw=options.raw), class_names(options.workdir)
   output.make_folder(out)
-  for path in artifacts.write(model, out, platforms, choices, options.weights == 'inside'):
+  try:
+    written = artifacts.write(model, out, platforms, choices, options.weights == 'inside', names)
+    save_params(out / 'params', model.params)
+  except BaseException:  # a half-written export is of no use, and in the way of the next one
+    for path in out.iterdir():
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+    raise
+  for path in (*written, out / 'params'):
     print(path)
-  save_params(out / 'params', model.params)
-  print(out / 'params')

@@ -61,10 +61,11 @@ def _to_uint8(images):
   return jnp.clip(jnp.rint((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def write(model, folder, platforms, choices, inside=True):
+def write(model, folder, platforms, choices, inside=True, names=None):
   """Writes the artifacts of a `Model` and `about.json` into a folder; returns the paths.
 
-  platforms: of PLATFORMS. inside: whether each artifact holds its weights. UserError where they are too many for that.
+  platforms: of PLATFORMS. inside: whether each artifact holds its weights. names: of the classes, None where nobody
+  knows them. UserError where the weights are too many to be inside.
   """
   size = sum(x.nbytes for x in jax.tree.leaves(model.params))
   if inside and size > MOST_INSIDE:
@@ -73,7 +74,7 @@ def write(model, folder, platforms, choices, inside=True):
   about = {
       'platforms': list(platforms), 'weights': 'inside' if inside else 'weights.npz, the first argument',
       'image_size': model.tokenizer.image_size, 'scales': model.tokenizer.pyramid.scales,
-      'classes': model.generator and model.generator.classes,
+      'classes': model.generator and model.generator.classes, 'class_names': names,
       'drawn_with': {name: value for name, value in choices._asdict().items() if name != 'cfg'}, 'artifacts': {}}
   for name, (function, inputs, text) in functions(model, choices).items():
     params = {'tokenizer': {part: model.params['tokenizer'][part] for part in PARTS[name]}}
