@@ -28,14 +28,18 @@ from tiny_runs import (
   numbers,
   one_device,
   tiny_config,
+  train_both,
   train_line,
 )
 
 from var_jax import lineage
+from var_jax import workdir as workdir_lib
+from var_jax.__main__ import main
 from var_jax.data.sources import open_source
 from var_jax.training import evaluation, loop, metrics
 from var_jax.training import mesh as mesh_lib
 from var_jax.training.checkpoint import Checkpoints
+from var_jax.training.optimizer import rate_of
 
 STEPS = 80  # of a run that is killed: the last of three signals has to come before its end
 
@@ -137,6 +141,25 @@ def test_numbers_of_a_run_whose_checkpoints_are_gone_are_kept(tmp_path):
   shutil.rmtree(tmp_path / 'checkpoints')
   train_line(Line(2), tmp_path)
   assert len((tmp_path / 'metrics_before.jsonl').read_text().splitlines()) > len(lines)  # kept again
+
+
+def test_workdir_alone_resumes_and_says_what_changes(tmp_path_factory, tmp_path, capfd, monkeypatch):
+  """On fewer devices, by slices; a longer run jumps to another place of the learning rate's schedule."""
+  first = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda *_: first)
+  workdir = shutil.copytree(train_both(tmp_path_factory)[2], tmp_path / 'w')
+  config = workdir_lib.read_config(workdir)
+  capfd.readouterr()
+  assert main(['train', f'--workdir={workdir}', '--config.steps=6', '--config.accumulate=2']) == 0
+  said = capfd.readouterr().err.splitlines()
+  assert any(line.startswith('accumulate is now 2, it was 1') for line in said), said
+  old, new = (float(rate_of(config.optimizer, steps)(4)) for steps in (4, 6))
+  assert (f'the run is now 6 steps long, it was 4: all that is a share of it moves, so at step 4 the learning rate goes '
+          f'from {old:.3g} to {new:.3g}') in said and old < new
+  assert 'resuming from step 4 of 6' in said and f'trained to step 6: {workdir}' in said
+  assert workdir_lib.read_config(workdir).accumulate == 2
+  assert main(['train', f'--workdir={workdir}', '--config.seed=1']) == 2
+  assert 'accumulate' in capfd.readouterr().err  # what may change is listed
 
 
 EVERY_TWO = dict(eval_every=2, pictures_every=2, checkpoint_every=2)
