@@ -1,8 +1,10 @@
 """Runs that are stopped by a crash, a kill or a signal go on as if never stopped."""
 
 import contextlib
+import errno
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -36,6 +38,7 @@ from var_jax import lineage
 from var_jax import workdir as workdir_lib
 from var_jax.__main__ import main
 from var_jax.data.sources import open_source
+from var_jax.errors import UserError
 from var_jax.training import evaluation, loop, metrics
 from var_jax.training import mesh as mesh_lib
 from var_jax.training.checkpoint import Checkpoints
@@ -248,6 +251,62 @@ def test_best_model_is_kept_in_place_of_all_others(tmp_path):
       assert checkpoints.steps() == [step]
       params, *_ = checkpoints.restore_model({'w': jax.numpy.zeros(())}, one_device())
       assert params['w'] == max(value, step)
+
+
+KILLED = '''
+import sys
+sys.path.insert(0, 'tests')
+from tiny_runs import Line, Checkpoints, loop, numbers, tiny_config
+
+config = tiny_config('generator', eval_every=3, pictures_every=5, checkpoint_every=4, **{'measure.every': 6})
+with Checkpoints(sys.argv[1]) as checkpoints:
+  loop.train(Line(60), config, numbers(), numbers(20), checkpoints, sys.argv[1], measure=lambda state: {'a': state.step})
+'''
+
+
+@pytest.mark.slow
+def test_kills_within_evaluations_leave_no_trace(tmp_path):
+  """Nor does a line of the metrics come twice, or a picture be missing."""
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1', 'PYTHONPATH': str(ROOT)}
+
+  def start(workdir):
+    return subprocess.Popen([sys.executable, '-c', KILLED, workdir], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+
+  assert start(tmp_path / 'straight').wait(timeout=120) == 0
+  draw, killed, stopped = random.Random(0), tmp_path / 'killed', set()
+  for kill in range(15):
+    process, wanted = start(killed), 4 * kill + draw.randint(1, 4)
+    path, until = killed / 'metrics.jsonl', time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None and (
+        not path.exists() or f'"step": {wanted}' not in path.read_text()):
+      pass
+    time.sleep(draw.uniform(0, 0.05))
+    process.kill()
+    process.wait()
+    stopped.add(tuple(saved_steps(killed)))
+  assert start(killed).wait(timeout=120) == 0
+  without_rates = lambda workdir: [{name: value for name, value in line.items() if 'per_second' not in name}
+                                   for line in metrics_of(workdir)]
+  assert len(stopped) > 5 and without_rates(killed) == without_rates(tmp_path / 'straight')
+  names = [sorted(path.name for path in (w / 'pictures').glob('[!.]*')) for w in (killed, tmp_path / 'straight')]
+  assert names[0] == names[1] and len(names[0]) == 12
+
+
+def test_later_of_two_runs_goes_on_where_nothing_locks(tmp_path, monkeypatch):
+  """As on two machines that share a disk: nothing of the earlier one is written any more."""
+  def no_locks(*arguments):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(workdir_lib.fcntl, 'flock', no_locks)
+  with workdir_lib.alone(tmp_path) as first, workdir_lib.alone(tmp_path) as second:
+    train_line(Line(2), tmp_path, Checkpoints(tmp_path, guard=second))
+    before = (tmp_path / 'metrics.jsonl').read_text()
+    with pytest.raises(UserError, match='another run has begun in'):
+      train_line(Line(4), tmp_path, Checkpoints(tmp_path, guard=first))
+    assert (tmp_path / 'metrics.jsonl').read_text() == before and saved_steps(tmp_path) == [2]
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match='is gone'):
+      second()
 
 
 def test_signal_is_heeded_between_the_batches_of_an_evaluation(tmp_path, monkeypatch):

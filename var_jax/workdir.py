@@ -3,10 +3,14 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
+import os
 import pathlib
+import socket
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -125,11 +129,15 @@ def check_config(workdir, config):
 
 @contextlib.contextmanager
 def alone(workdir):
-  """Holds a folder's lock. UserError when another run of this machine works in it."""
+  """Holds a folder's lock. UserError when another run works in it, as far as its file system has locks.
+
+  Gives a function that raises UserError once another run has begun there: of two machines, the later one goes on.
+  """
   if not processes.is_first():
-    yield
+    yield lambda: None
     return
-  path = pathlib.Path(workdir) / '.lock'
+  path, running = (pathlib.Path(workdir) / name for name in ('.lock', '.running'))
+  ours = f'{socket.gethostname()}, process {os.getpid()}, {time.time_ns()}'
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open('a')
@@ -142,7 +150,27 @@ def alone(workdir):
       raise UserError(f'another process is at work in {workdir}: wait for it, stop it, or use another one') from None
     except OSError:
       pass  # a file system without locks
-    yield
+    try:
+      running.write_text(ours)
+    except OSError as error:
+      raise _cannot_write(workdir, error) from None
+    try:
+      yield functools.partial(_check_alone, running, ours)
+    finally:
+      with contextlib.suppress(OSError, UserError):
+        _check_alone(running, ours)
+        running.unlink()
+
+
+def _check_alone(running, ours):
+  try:
+    found = running.read_text()
+  except OSError as error:
+    raise UserError(f'{running.parent} is gone, or another run has been in it ({error.strerror}): this one stops; the '
+                    'same command goes on from what is saved') from None
+  if found != ours:
+    raise UserError(f'another run has begun in {running.parent} (on {found.rpartition(", ")[0]}): this one stops, so '
+                    'that they do not mix')
 
 
 def write_config(workdir, config):
@@ -157,7 +185,10 @@ def _write_json(workdir, name, content):
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(content, indent=2) + '\n')
+    with temporary.open('w') as file:
+      file.write(json.dumps(content, indent=2) + '\n')
+      file.flush()
+      os.fsync(file.fileno())  # or a machine that fails leaves it empty
     temporary.replace(path)
   except OSError as error:
     raise _cannot_write(workdir, error) from None

@@ -50,6 +50,7 @@ def run(config, workdir):
   Everything that can be refused is refused before anything is written.
   """
   from var_jax.data.sources import open_source
+  from var_jax.training.checkpoint import Checkpoints
 
   check(config)
   tokens = config.stage == 'generator'
@@ -61,8 +62,9 @@ def run(config, workdir):
   stage, keep_tokenizer = make_stage(config, workdir, steps)
   if config.data.source == 'tokens':
     _check_tokens(config, sources[0], stage)
-  with workdir_lib.alone(workdir):
-    return _train(stage, config, sources, workdir, keep_tokenizer, changed, before)
+  with workdir_lib.alone(workdir) as guard:
+    with Checkpoints(workdir, config.keep, config.keep_every, clean=True, guard=guard) as checkpoints:
+      return _train(stage, config, sources, workdir, checkpoints, keep_tokenizer, changed, before)
 
 
 def _steps(config, source):
@@ -70,26 +72,24 @@ def _steps(config, source):
   return config.steps or max(1, round(config.epochs * len(source) / config.batch_size))
 
 
-def _train(stage, config, sources, workdir, keep_tokenizer, changed, before):
+def _train(stage, config, sources, workdir, checkpoints, keep_tokenizer, changed, before):
   from var_jax.evaluation.during import measure
   from var_jax.training import loop
-  from var_jax.training.checkpoint import Checkpoints
 
-  with Checkpoints(workdir, config.keep, config.keep_every, clean=True) as checkpoints:
-    stage.check_metadata(checkpoints.newest_metadata())
-    workdir_lib.write_config(workdir, config)
-    keep_tokenizer()
-    for change in changed:
-      note(change)
-    if before != stage.steps and (saved := checkpoints.steps()):
-      note(_on_length(config.optimizer, before, stage.steps, saved[-1]))
-    keep = functools.partial(lineage.keep_best, workdir, config, stage.metadata)
-    try:
-      state = loop.train(
-          stage, config, *sources, checkpoints, workdir, measure=measure(stage, config, workdir), keep=keep)
-    except loop.Interrupted as stop:
-      note(str(stop))
-      return 128 + stop.signal_number
+  stage.check_metadata(checkpoints.newest_metadata())
+  workdir_lib.write_config(workdir, config)
+  keep_tokenizer()
+  for change in changed:
+    note(change)
+  if before != stage.steps and (saved := checkpoints.steps()):
+    note(_on_length(config.optimizer, before, stage.steps, saved[-1]))
+  keep = functools.partial(lineage.keep_best, workdir, config, stage.metadata)
+  try:
+    state = loop.train(
+        stage, config, *sources, checkpoints, workdir, measure=measure(stage, config, workdir), keep=keep)
+  except loop.Interrupted as stop:
+    note(str(stop))
+    return 128 + stop.signal_number
   if processes.is_first():
     note(f'trained to step {int(state.step)}: {workdir}')
   return 0

@@ -152,6 +152,7 @@ def _run(stage, config, state, steps, batches, evaluation, checkpoints, writer, 
     due = lambda every: step > 0 and every > 0 and (step % every == 0 or last)
     if step > start and (due(config.log_every) or last):
       steps.fetch(step)
+      checkpoints.guard()
       scalars = steps.mean.take()
       scalars['images_per_second'] = scalars['steps_per_second'] * config.batch_size
       writer.scalars(step, {f'train/{name}': value for name, value in scalars.items()})
