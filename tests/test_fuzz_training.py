@@ -34,7 +34,8 @@ def mutated_bytes(draw, text):
     start = draw(st.integers(0, len(content)))
     end = draw(st.integers(start, min(start + 40, len(content))))
     new = draw(st.binary(max_size=8) | st.sampled_from(
-        [b'', b'\n', b'{', b'[' * 3000, b'}', b'"', b'null', b'NaN', b'1e999', b'-1', b'9' * 5000, content[start:end] * 2]))
+        [b'', b'\n', b'{', b'[' * 3000, b'}', b'"', b'null', b'NaN', b'1e999', b'-1', b'9' * 5000,
+         content[start:end] * 2]))
     content = content[:start] + new + content[end:]
   return content[:draw(st.integers(0, len(content)))] if draw(st.booleans()) else content
 

@@ -157,7 +157,7 @@ def test_workdir_alone_resumes_and_says_what_changes(tmp_path_factory, tmp_path,
   said = capfd.readouterr().err.splitlines()
   assert any(line.startswith('accumulate is now 2, it was 1') for line in said), said
   old, new = (float(rate_of(config.optimizer, steps)(4)) for steps in (4, 6))
-  assert (f'the run is now 6 steps long, it was 4: all that is a share of it moves, so at step 4 the learning rate goes '
+  assert ('the run is now 6 steps long, it was 4: all that is a share of it moves, so at step 4 the learning rate goes '
           f'from {old:.3g} to {new:.3g}') in said and old < new
   assert 'resuming from step 4 of 6' in said and f'trained to step 6: {workdir}' in said
   assert workdir_lib.read_config(workdir).accumulate == 2
@@ -259,8 +259,9 @@ sys.path.insert(0, 'tests')
 from tiny_runs import Line, Checkpoints, loop, numbers, tiny_config
 
 config = tiny_config('generator', eval_every=3, pictures_every=5, checkpoint_every=4, **{'measure.every': 6})
+measure = lambda state: {'a': state.step}
 with Checkpoints(sys.argv[1]) as checkpoints:
-  loop.train(Line(60), config, numbers(), numbers(20), checkpoints, sys.argv[1], measure=lambda state: {'a': state.step})
+  loop.train(Line(60), config, numbers(), numbers(20), checkpoints, sys.argv[1], measure=measure)
 '''
 
 
