@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
@@ -9,8 +10,10 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import jax
@@ -34,7 +37,7 @@ from tiny_runs import (
   train_line,
 )
 
-from var_jax import lineage
+from var_jax import lineage, progress
 from var_jax import workdir as workdir_lib
 from var_jax.__main__ import main
 from var_jax.data.sources import open_source
@@ -343,6 +346,34 @@ def test_speed_leaves_the_compiler_and_evaluations_out(tmp_path):
   train_line(Slow(8), tmp_path, log_every=4, pictures_every=2)
   rates = [line['train/steps_per_second'] for line in metrics_of(tmp_path)]
   assert len(rates) == 2 and min(rates) > 4, rates
+
+
+def three_steps():
+  bar = progress.bar(title='line', unit='step', total=3, delay=0)
+  with bar.doing('compiling', 0):
+    time.sleep(0.5)
+  assert bar.format_dict['elapsed'] < 0.4  # or the time left would be far too long
+  for _ in progress.bar(range(2), title='quick', unit='batch'):
+    bar.update()
+  bar.close()
+
+
+def test_log_file_gets_whole_lines_and_few(capfd):
+  three_steps()
+  first, second, last = capfd.readouterr().err.splitlines(keepends=True)
+  assert first.startswith('line: 0/3 [') and second == 'line: compiling\n' and last.startswith('line: 2/3 [')
+  assert (first + second + last).replace('\n', '').isprintable()
+
+
+def test_terminal_gets_a_bar_that_says_what_is_done(monkeypatch):
+  terminal, other = os.openpty()
+  fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 100, 0, 0))  # rows and columns
+  with open(other, 'w') as stream:
+    monkeypatch.setattr(sys, 'stderr', stream)
+    three_steps()
+    text = os.read(terminal, 10_000).decode()
+  os.close(terminal)
+  assert text.count('\n') == 1 and '\rline:   0%' in text and 'compiling]' in text and 'quick' not in text
 
 
 @contextlib.contextmanager
