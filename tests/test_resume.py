@@ -1,14 +1,19 @@
 """Runs that are stopped by a crash, a kill or a signal go on as if never stopped."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import random
 import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import jax
@@ -28,14 +33,19 @@ from tiny_runs import (
   numbers,
   one_device,
   tiny_config,
+  train_both,
   train_line,
 )
 
-from var_jax import lineage
+from var_jax import lineage, progress
+from var_jax import workdir as workdir_lib
+from var_jax.__main__ import main
 from var_jax.data.sources import open_source
+from var_jax.errors import UserError
 from var_jax.training import evaluation, loop, metrics
 from var_jax.training import mesh as mesh_lib
 from var_jax.training.checkpoint import Checkpoints
+from var_jax.training.optimizer import rate_of
 
 STEPS = 80  # of a run that is killed: the last of three signals has to come before its end
 
@@ -139,6 +149,25 @@ def test_numbers_of_a_run_whose_checkpoints_are_gone_are_kept(tmp_path):
   assert len((tmp_path / 'metrics_before.jsonl').read_text().splitlines()) > len(lines)  # kept again
 
 
+def test_workdir_alone_resumes_and_says_what_changes(tmp_path_factory, tmp_path, capfd, monkeypatch):
+  """On fewer devices, by slices; a longer run jumps to another place of the learning rate's schedule."""
+  first = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda *_: first)
+  workdir = shutil.copytree(train_both(tmp_path_factory)[2], tmp_path / 'w')
+  config = workdir_lib.read_config(workdir)
+  capfd.readouterr()
+  assert main(['train', f'--workdir={workdir}', '--config.steps=6', '--config.accumulate=2']) == 0
+  said = capfd.readouterr().err.splitlines()
+  assert any(line.startswith('accumulate is now 2, it was 1') for line in said), said
+  old, new = (float(rate_of(config.optimizer, steps)(4)) for steps in (4, 6))
+  assert ('the run is now 6 steps long, it was 4: all that is a share of it moves, so at step 4 the learning rate goes '
+          f'from {old:.3g} to {new:.3g}') in said and old < new
+  assert 'resuming from step 4 of 6' in said and f'trained to step 6: {workdir}' in said
+  assert workdir_lib.read_config(workdir).accumulate == 2
+  assert main(['train', f'--workdir={workdir}', '--config.seed=1']) == 2
+  assert 'accumulate' in capfd.readouterr().err  # what may change is listed
+
+
 EVERY_TWO = dict(eval_every=2, pictures_every=2, checkpoint_every=2)
 
 
@@ -227,6 +256,63 @@ def test_best_model_is_kept_in_place_of_all_others(tmp_path):
       assert params['w'] == max(value, step)
 
 
+KILLED = '''
+import sys
+sys.path.insert(0, 'tests')
+from tiny_runs import Line, Checkpoints, loop, numbers, tiny_config
+
+config = tiny_config('generator', eval_every=3, pictures_every=5, checkpoint_every=4, **{'measure.every': 6})
+measure = lambda state: {'a': state.step}
+with Checkpoints(sys.argv[1]) as checkpoints:
+  loop.train(Line(60), config, numbers(), numbers(20), checkpoints, sys.argv[1], measure=measure)
+'''
+
+
+@pytest.mark.slow
+def test_kills_within_evaluations_leave_no_trace(tmp_path):
+  """Nor does a line of the metrics come twice, or a picture be missing."""
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1', 'PYTHONPATH': str(ROOT)}
+
+  def start(workdir):
+    return subprocess.Popen([sys.executable, '-c', KILLED, workdir], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+
+  assert start(tmp_path / 'straight').wait(timeout=120) == 0
+  draw, killed, stopped = random.Random(0), tmp_path / 'killed', set()
+  for kill in range(15):
+    process, wanted = start(killed), 4 * kill + draw.randint(1, 4)
+    path, until = killed / 'metrics.jsonl', time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None and (
+        not path.exists() or f'"step": {wanted}' not in path.read_text()):
+      pass
+    time.sleep(draw.uniform(0, 0.05))
+    process.kill()
+    process.wait()
+    stopped.add(tuple(saved_steps(killed)))
+  assert start(killed).wait(timeout=120) == 0
+  without_rates = lambda workdir: [{name: value for name, value in line.items() if 'per_second' not in name}
+                                   for line in metrics_of(workdir)]
+  assert len(stopped) > 5 and without_rates(killed) == without_rates(tmp_path / 'straight')
+  names = [sorted(path.name for path in (w / 'pictures').glob('[!.]*')) for w in (killed, tmp_path / 'straight')]
+  assert names[0] == names[1] and len(names[0]) == 12
+
+
+def test_later_of_two_runs_goes_on_where_nothing_locks(tmp_path, monkeypatch):
+  """As on two machines that share a disk: nothing of the earlier one is written any more."""
+  def no_locks(*arguments):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(workdir_lib.fcntl, 'flock', no_locks)
+  with workdir_lib.alone(tmp_path) as first, workdir_lib.alone(tmp_path) as second:
+    train_line(Line(2), tmp_path, Checkpoints(tmp_path, guard=second))
+    before = (tmp_path / 'metrics.jsonl').read_text()
+    with pytest.raises(UserError, match='another run has begun in'):
+      train_line(Line(4), tmp_path, Checkpoints(tmp_path, guard=first))
+    assert (tmp_path / 'metrics.jsonl').read_text() == before and saved_steps(tmp_path) == [2]
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match='is gone'):
+      second()
+
+
 def test_signal_is_heeded_between_the_batches_of_an_evaluation(tmp_path, monkeypatch):
   whole = evaluation.pipeline.eval_batches
 
@@ -260,6 +346,34 @@ def test_speed_leaves_the_compiler_and_evaluations_out(tmp_path):
   train_line(Slow(8), tmp_path, log_every=4, pictures_every=2)
   rates = [line['train/steps_per_second'] for line in metrics_of(tmp_path)]
   assert len(rates) == 2 and min(rates) > 4, rates
+
+
+def three_steps():
+  bar = progress.bar(title='line', unit='step', total=3, delay=0)
+  with bar.doing('compiling', 0):
+    time.sleep(0.5)
+  assert bar.format_dict['elapsed'] < 0.4  # or the time left would be far too long
+  for _ in progress.bar(range(2), title='quick', unit='batch'):
+    bar.update()
+  bar.close()
+
+
+def test_log_file_gets_whole_lines_and_few(capfd):
+  three_steps()
+  first, second, last = capfd.readouterr().err.splitlines(keepends=True)
+  assert first.startswith('line: 0/3 [') and second == 'line: compiling\n' and last.startswith('line: 2/3 [')
+  assert (first + second + last).replace('\n', '').isprintable()
+
+
+def test_terminal_gets_a_bar_that_says_what_is_done(monkeypatch):
+  terminal, other = os.openpty()
+  fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 100, 0, 0))  # rows and columns
+  with open(other, 'w') as stream:
+    monkeypatch.setattr(sys, 'stderr', stream)
+    three_steps()
+    text = os.read(terminal, 10_000).decode()
+  os.close(terminal)
+  assert text.count('\n') == 1 and '\rline:   0%' in text and 'compiling]' in text and 'quick' not in text
 
 
 @contextlib.contextmanager

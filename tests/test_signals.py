@@ -1,5 +1,6 @@
 """Signals: a run saves and ends, all other commands end at once, in one line and with 128 + the signal's number."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,8 +8,9 @@ import sys
 import time
 
 import pytest
-from tiny_runs import ROOT, Line, train_line
+from tiny_runs import ROOT, Line, numbers, train_line
 
+from var_jax.data import pipeline
 from var_jax.training import loop
 from var_jax.training.checkpoint import Checkpoints
 
@@ -48,6 +50,22 @@ def test_signal_that_is_ignored_stays_so(number, tmp_path):
     assert state.step == 4 and signal.getsignal(number) == signal.SIG_IGN
   finally:
     signal.signal(number, before)
+
+
+def test_processes_that_read_images_leave_signals_to_the_run():
+  """Slurm sends them to all of a job's processes: the run needs batches until it has saved."""
+  batches = pipeline.train_batches(numbers(), batch_size=8, size=(8, 8), seed=0, workers=1)
+  try:
+    next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+      for number in ALL:
+        os.kill(worker.pid, number)
+    for _ in range(8):
+      next(batches)
+    assert workers and all(worker.is_alive() for worker in workers)
+  finally:
+    batches.close()
 
 
 # What compiles is here a call of C that never returns, meanwhile Python runs no handlers: a lock taken twice.

@@ -26,7 +26,7 @@ example: var-jax train --config=experiments/digits.py:tokenizer --workdir=runs/d
 
 
 def main(arguments=None):
-  """Runs one command. Exit status 0, 2 for bad input, 130 and 143 after Ctrl-C and SIGTERM."""
+  """Runs one command. Exit status 0, 2 for bad input, 128 + its number after a signal."""
   return script.status(_run, sys.argv[1:] if arguments is None else arguments)
 
 

@@ -53,14 +53,14 @@ def find_tokenizer(workdir, source, say=note):
   UserError when there is none, or when `source` is another than the copy.
   """
   copy = pathlib.Path(workdir) / 'tokenizer'
-  if not (copy / 'config.json').exists():
+  if not processes.from_first((copy / 'config.json').exists()):
     if not source:
       raise UserError('a generator needs a tokenizer: add --config.tokenizer=DIR, the workdir of a trained one')
     place = pathlib.Path(source)
     place = place / 'tokenizer' if workdir_lib.read_config(place).stage == 'generator' else place
     return place, *workdir_lib.load_tokenizer(place, say)
   tokenizer, params = workdir_lib.load_tokenizer(copy, say)
-  if source and pathlib.Path(source).exists():
+  if source and processes.from_first(pathlib.Path(source).exists()):
     wanted, found = workdir_lib.fingerprint(params), workdir_lib.fingerprint(workdir_lib.load_tokenizer(source, say)[1])
     if found != wanted:
       raise UserError(

@@ -3,9 +3,14 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
+import os
 import pathlib
+import socket
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +31,11 @@ from var_jax.training.checkpoint import Checkpoints
 RUN_ONLY = (  # free to change when a run is resumed
     'log_every', 'eval_every', 'eval_images', 'pictures_every', 'checkpoint_every', 'keep', 'keep_every', 'best',
     'steps', 'epochs', 'max_skipped_in_row', 'measure.every', 'measure.per_class', 'measure.inception',
-    'measure.resize', 'data.workers', 'data.path', 'tokenizer', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'remat',
-    'attention')
+    'measure.resize', 'sample.cfg', 'sample.top_k', 'sample.top_p', 'data.workers', 'data.path', 'tokenizer',
+    'start_from', 'loss.lpips_weights', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'accumulate', 'remat', 'attention')
+CONSEQUENCES = {
+    'accumulate': ': the batches stay, but what is drawn at random in a step is drawn for each slice'}
+ARGUMENTS = ('model', 'sample', 'mesh', 'scale_weights')  # sections that are handed on whole: no setting too many
 
 
 def fingerprint(params):
@@ -47,18 +55,41 @@ def read_config(workdir):
     settings = json.loads(path.read_text())
     if settings['stage'] not in ('tokenizer', 'generator') or not isinstance(settings['model'], dict):
       raise ValueError('it is not the config of a tokenizer or generator')
-    defaults = json.loads(getattr(configs, settings['stage'])().to_json())
+    defaults = getattr(configs, settings['stage'])().to_dict()
     return ml_collections.ConfigDict(_merged(defaults, settings)).lock()
   except (FileNotFoundError, NotADirectoryError):
     raise UserError(f'{workdir} is no workdir, it has no config.json: give the --workdir of a training run') from None
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     why = f'it has no {error}' if isinstance(error, KeyError) else error
     raise UserError(f'{path} cannot be used ({why}): restore it from a copy') from None
 
 
-def _merged(defaults, settings):
-  both = lambda key: isinstance(defaults.get(key), dict) and isinstance(settings.get(key), dict)
-  return defaults | {key: _merged(defaults[key], value) if both(key) else value for key, value in settings.items()}
+def _merged(defaults, settings, section=''):
+  """Defaults with the settings that are stored. ValueError for one of another kind, or where none can be added."""
+  merged = dict(defaults)
+  for name, value in settings.items():
+    if name not in defaults and section.rstrip('.') in ARGUMENTS:
+      raise ValueError(f'{section}{name} is no setting that this version knows')
+    if name in defaults and isinstance(defaults[name], dict):
+      if not isinstance(value, dict):
+        raise ValueError(f'{section}{name} is no section of settings')
+      value = _merged(defaults[name], value, f'{name}.')
+    elif name in defaults:
+      value = _alike(value, defaults[name], f'{section}{name}')
+    merged[name] = value
+  return merged
+
+
+def _alike(value, default, name):
+  """A stored value, of the kind of its default: a number, a text, a truth or a tuple of numbers, or of such."""
+  kind, number = type(default), type(value) in (int, float)
+  if kind is tuple and isinstance(value, list):
+    return tuple(_alike(x, () if isinstance(x, list) else default[0], name) for x in value)
+  if kind is float and number and abs(value) <= sys.float_info.max:
+    return float(value)
+  if type(value) is not kind or number and abs(value) >= 2**63:
+    raise ValueError(f'{name} is {str(value)[:60]!r}, which is no {kind.__name__}')
+  return value
 
 
 def class_names(workdir):
@@ -103,24 +134,29 @@ def check_config(workdir, config):
   """Notes on what changes when a run goes on. UserError when it has other settings of the kind that must not change."""
   if not (pathlib.Path(workdir) / 'config.json').exists():
     return []
-  old, new = flatten_dict(read_config(workdir).to_dict(), sep='.'), flatten_dict(json.loads(config.to_json()), sep='.')
+  old, new = (flatten_dict(json.loads(c.to_json()), sep='.') for c in (read_config(workdir), config))
   differing = sorted(k for k in old.keys() & new.keys() if old[k] != new[k])
   changed = [k for k in differing if k not in RUN_ONLY]
   if changed:
     name = changed[0]
     raise UserError(
         f'{workdir} holds a run with other settings ({", ".join(changed[:4])}; {name} is {old.get(name)!r} there, '
-        f'{new.get(name)!r} here): use another --workdir, or the same settings')
-  return [f'{k} is now {new[k]!r}, it was {old.get(k)!r}' for k in differing]
+        f'{new.get(name)!r} here): use another --workdir, or the same settings; free to change are '
+        f'{", ".join(k for k in RUN_ONLY if k in new)}')
+  return [f'{k} is now {new[k]!r}, it was {old.get(k)!r}{CONSEQUENCES.get(k, "")}' for k in differing]
 
 
 @contextlib.contextmanager
 def alone(workdir):
-  """Holds a folder's lock. UserError when another run of this machine works in it."""
+  """Holds a folder's lock. UserError when another run works in it, as far as its file system has locks.
+
+  Gives a function that raises UserError once another run has begun there: of two machines, the later one goes on.
+  """
   if not processes.is_first():
-    yield
+    yield lambda: None
     return
-  path = pathlib.Path(workdir) / '.lock'
+  path, running = (pathlib.Path(workdir) / name for name in ('.lock', '.running'))
+  ours = f'{socket.gethostname()}, process {os.getpid()}, {time.time_ns()}'
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open('a')
@@ -133,7 +169,27 @@ def alone(workdir):
       raise UserError(f'another process is at work in {workdir}: wait for it, stop it, or use another one') from None
     except OSError:
       pass  # a file system without locks
-    yield
+    try:
+      running.write_text(ours)
+    except OSError as error:
+      raise _cannot_write(workdir, error) from None
+    try:
+      yield functools.partial(_check_alone, running, ours)
+    finally:
+      with contextlib.suppress(OSError, UserError):
+        _check_alone(running, ours)
+        running.unlink()
+
+
+def _check_alone(running, ours):
+  try:
+    found = running.read_text()
+  except OSError as error:
+    raise UserError(f'{running.parent} is gone, or another run has been in it ({error.strerror}): this one stops; the '
+                    'same command goes on from what is saved') from None
+  if found != ours:
+    raise UserError(f'another run has begun in {running.parent} (on {found.rpartition(", ")[0]}): this one stops, so '
+                    'that they do not mix')
 
 
 def write_config(workdir, config):
@@ -148,7 +204,10 @@ def _write_json(workdir, name, content):
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(content, indent=2) + '\n')
+    with temporary.open('w') as file:
+      file.write(json.dumps(content, indent=2) + '\n')
+      file.flush()
+      os.fsync(file.fileno())  # or a machine that fails leaves it empty
     temporary.replace(path)
   except OSError as error:
     raise _cannot_write(workdir, error) from None

@@ -32,6 +32,11 @@ def read_config(path, overrides):
     config = module.get_config(*([argument] if colon else []))
   if not isinstance(config, ml_collections.ConfigDict) or 'stage' not in config:
     raise UserError(f'get_config in {file} gives no config: start from configs.tokenizer() or configs.generator()')
+  return with_overrides(config, overrides)
+
+
+def with_overrides(config, overrides):
+  """A config, locked, with settings ['--config.a.b=v', …] in place of its own. UserError for anything unknown."""
   config.lock()
   for text in overrides:
     _override(config, text)

@@ -1,29 +1,47 @@
 """`var-jax train`: any stage of any experiment; resumes by itself."""
 
 import functools
+import pathlib
+import textwrap
 
 import jax
 
 from var_jax import axes, lineage, paths
 from var_jax import workdir as workdir_lib
-from var_jax.commands import flags
+from var_jax.commands import experiment, flags
 from var_jax.errors import UserError, note
 from var_jax.training import processes
 
-EXAMPLE = 'var-jax train --config=experiments/digits.py:tokenizer --workdir=runs/digits/tokenizer --config.seed=1'
+EXAMPLE = (
+    'var-jax train --config=experiments/digits.py:tokenizer --workdir=runs/digits/tokenizer --config.seed=1\n'
+    '  later: var-jax train --workdir=runs/digits/tokenizer')
+RESUMING = """Trains a tokenizer or a generator. Run it again to resume; then --workdir alone is enough.
+What may change when a run is resumed, all else being refused:
+"""
 
 
 def main(arguments):
-  parser = flags.Parser('train', 'Trains a tokenizer or a generator. Run it again to resume.', EXAMPLE)
-  parser.add_argument('--config', required=True, metavar='FILE.py[:ARG]', help='experiment; ARG: tokenizer or '
-                      'generator, then options such as depth=16 or runlocal (a minute on a CPU)')
+  free = textwrap.fill(', '.join(workdir_lib.RUN_ONLY), 100, initial_indent='  ', subsequent_indent='  ')
+  parser = flags.Parser('train', RESUMING + free, EXAMPLE)
+  parser.add_argument('--config', metavar='FILE.py[:ARG]', help='experiment; ARG: tokenizer or generator, then options '
+                      'such as depth=16 or runlocal (a minute on a CPU); default: the settings of the run in --workdir')
   parser.add_argument('--workdir', required=True, metavar='DIR', help='where the run is kept')
   parser.add_argument('--config.NAME', dest='unused', metavar='VALUE', help='any setting of var_jax/configs.py, '
                       'such as --config.optimizer.peak_lr=1e-4 or, for a generator, --config.tokenizer=DIR')
   flags.add_distributed(parser)
   options, overrides = parser.parse_known_args(arguments)
   with flags.together(options):
-    return run(flags.read_config(options.config, overrides), options.workdir)
+    return run(_config(options, overrides), options.workdir)
+
+
+def _config(options, overrides):
+  """The config that a command line asks for."""
+  if options.config:
+    return flags.read_config(options.config, overrides)
+  if not (pathlib.Path(options.workdir) / 'config.json').exists():
+    raise UserError(f'{options.workdir} holds no run that could go on: add --config=FILE.py:tokenizer or '
+                    'FILE.py:generator to begin one, such as --config=experiments/digits.py:tokenizer')
+  return experiment.with_overrides(workdir_lib.read_config(options.workdir), overrides)
 
 
 def run(config, workdir):
@@ -32,46 +50,62 @@ def run(config, workdir):
   Everything that can be refused is refused before anything is written.
   """
   from var_jax.data.sources import open_source, summary
+  from var_jax.training.checkpoint import Checkpoints
 
   check(config)
   tokens = config.stage == 'generator'
   sources = [open_source(config.data.source, config.data.path, split, tokens) for split in ('train', 'validation')]
   if config.stage == 'generator':
     _set_classes(config, sources[0])
-  changed = workdir_lib.check_config(workdir, config)
+  changed, steps = workdir_lib.check_config(workdir, config), _steps(config, sources[0])
   workdir_lib.check_class_names(workdir, sources[0].class_names)
-  steps = config.steps or max(1, round(config.epochs * len(sources[0]) / config.batch_size))
+  before = _steps(workdir_lib.read_config(workdir), sources[0]) if changed else steps
   stage, keep_tokenizer = make_stage(config, workdir, steps)
   if config.data.source == 'tokens':
     _check_tokens(config, sources[0], stage)
-  with workdir_lib.alone(workdir):
+  with workdir_lib.alone(workdir) as guard:
     if processes.is_first():
       note(summary(*sources))
-    return _train(stage, config, sources, workdir, keep_tokenizer, changed)
+    with Checkpoints(workdir, config.keep, config.keep_every, clean=True, guard=guard) as checkpoints:
+      return _train(stage, config, sources, workdir, checkpoints, keep_tokenizer, changed, before)
 
 
-def _train(stage, config, sources, workdir, keep_tokenizer, changed):
+def _steps(config, source):
+  """How many steps a run takes."""
+  return config.steps or max(1, round(config.epochs * len(source) / config.batch_size))
+
+
+def _train(stage, config, sources, workdir, checkpoints, keep_tokenizer, changed, before):
   from var_jax.evaluation.during import measure
   from var_jax.training import loop
-  from var_jax.training.checkpoint import Checkpoints
 
-  with Checkpoints(workdir, config.keep, config.keep_every, clean=True) as checkpoints:
-    stage.check_metadata(checkpoints.newest_metadata())
-    workdir_lib.write_config(workdir, config)
-    workdir_lib.write_class_names(workdir, sources[0].class_names)
-    keep_tokenizer()
-    for change in changed:
-      note(change)
-    keep = functools.partial(lineage.keep_best, workdir, config, stage.metadata)
-    try:
-      state = loop.train(
-          stage, config, *sources, checkpoints, workdir, measure=measure(stage, config, workdir), keep=keep)
-    except loop.Interrupted as stop:
-      note(str(stop))
-      return 128 + stop.signal_number
+  stage.check_metadata(checkpoints.newest_metadata())
+  workdir_lib.write_config(workdir, config)
+  workdir_lib.write_class_names(workdir, sources[0].class_names)
+  keep_tokenizer()
+  for change in changed:
+    note(change)
+  if before != stage.steps and (saved := checkpoints.steps()):
+    note(_on_length(config.optimizer, before, stage.steps, saved[-1]))
+  keep = functools.partial(lineage.keep_best, workdir, config, stage.metadata)
+  try:
+    state = loop.train(
+        stage, config, *sources, checkpoints, workdir, measure=measure(stage, config, workdir), keep=keep)
+  except loop.Interrupted as stop:
+    note(str(stop))
+    return 128 + stop.signal_number
   if processes.is_first():
     note(f'trained to step {int(state.step)}: {workdir}')
   return 0
+
+
+def _on_length(config, before, steps, step):
+  """What another length of a run does to what is a share of it."""
+  from var_jax.training.optimizer import rate_of
+
+  old, new = (float(rate_of(config, length)(step)) for length in (before, steps))
+  return (f'the run is now {steps} steps long, it was {before}: all that is a share of it moves, so at step {step} the '
+          f'learning rate goes from {old:.3g} to {new:.3g}')
 
 
 def _check_tokens(config, source, stage):

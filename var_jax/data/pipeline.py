@@ -15,6 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from var_jax import signals
 from var_jax.data.images import UnreadableImage, fit, to_float
 from var_jax.data.tokens import TokenSource
 from var_jax.errors import UserError
@@ -176,9 +177,10 @@ def _parallel(rows, count, whole, batch_bytes, workers):
 
 
 def _start_worker(index, count):
-  """In a worker process: leaves Ctrl-C to the main process, and ends with it even if that one is killed."""
+  """In a worker process: leaves signals to the main process, and ends with it even if that one is killed."""
   del index, count
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  for number in signals.NUMBERS:  # Slurm and a terminal send them to all
+    signal.signal(number, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
 
   def watch():

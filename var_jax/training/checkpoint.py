@@ -92,15 +92,15 @@ class Checkpoints:
   """The checkpoints of one workdir, to be used in a `with`, which waits for the last save.
 
   keep: so many of the newest stay; keep_every: as do those of each multiple of so many steps (0: none); say: receives
-  one-line notes for the user; clean: remove half-written ones.
+  one-line notes for the user; clean: remove half-written ones; guard: raises UserError where nothing may be written.
   """
 
-  def __init__(self, workdir, keep=2, keep_every=0, say=note, clean=False):
+  def __init__(self, workdir, keep=2, keep_every=0, say=note, clean=False, guard=lambda: None):
     self.folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     if self.folder.is_file():
       raise UserError(f'{self.folder} is a file: move it away, or restore the folder of checkpoints')
     _no_late_calls()
-    self.say = say
+    self.say, self.guard = say, guard
     self._unreadable = set()
     self._silence = _no_logs()
     self._saving = None  # the step of a save that may be under way
@@ -139,6 +139,7 @@ class Checkpoints:
     step = int(state.step)
     if step in self.steps() and step not in self._unreadable:
       return
+    self.guard()
     model, rest = _parts(state)
     self._write(step, {'model': model, 'training': rest}, metadata)
 

@@ -114,9 +114,8 @@ class _Steps:
     with contextlib.nullcontext() if self._several else free, bar.doing('compiling the first step', 0):
       with self.mean.paused():
         batch = next(batches)
-        if not (jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs):
-          self.ready = self._step.lower(state, *self._put(batch)).compile()
-    self.ready = self.ready or self._step
+        debugging = jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs
+        self.ready = self._step if debugging else self._step.lower(state, *self._put(batch)).compile()
     return batch
 
   def take(self, state, step, batch):
@@ -155,6 +154,7 @@ def _run(stage, config, state, steps, batches, evaluation, checkpoints, writer, 
     due = lambda every: step > 0 and every > 0 and (step % every == 0 or last)
     if step > start and (due(config.log_every) or last):
       steps.fetch(step)
+      checkpoints.guard()
       scalars = steps.mean.take()
       scalars['images_per_second'] = scalars['steps_per_second'] * config.batch_size
       writer.scalars(step, {f'train/{name}': value for name, value in scalars.items()})
@@ -167,7 +167,7 @@ def _run(stage, config, state, steps, batches, evaluation, checkpoints, writer, 
       checkpoints.finish()
     asked = steps.asked[:1]
     if not asked:
-      with steps.mean.paused(), _nothing_lost(checkpoints, state, step, stage.metadata, saved):
+      with steps.mean.paused(), _nothing_lost(checkpoints, state, step, stage.metadata, saved and parts):
         asked = evaluation.run(state, step, parts, bar)
     if asked and (not last or evaluation.due(step, due)):
       checkpoints.save(state, stage.metadata)
@@ -185,7 +185,7 @@ def _run(stage, config, state, steps, batches, evaluation, checkpoints, writer, 
 
 @contextlib.contextmanager
 def _nothing_lost(checkpoints, state, step, metadata, saved):
-  """Within, an evaluation may fail or be stopped. What is not saved yet is then, or else a signal may end it at once.
+  """Within, an evaluation may fail, and the state is saved then. A signal ends it at once where all is saved before.
 
   But several processes cannot save together when one of them fails: they lose what is not saved.
   """

@@ -80,9 +80,14 @@ def freeze(optimizer, patterns):
   return optax.partition({'trained': optimizer, 'frozen': optax.set_to_zero()}, labels)
 
 
+def rate_of(config, steps):
+  """The schedule of the learning rate that `config.optimizer` says for a run of `steps` steps."""
+  return learning_rate(
+      config.schedule, config.peak_lr, steps, round(config.warmup * steps), config.start_ratio, config.end_ratio)
+
+
 def from_config(config, steps, frozen=''):
   """The optimizer of `config.optimizer` (see configs.py) for a run of `steps` steps; frozen: see `freeze`."""
-  rate = learning_rate(
-      config.schedule, config.peak_lr, steps, round(config.warmup * steps), config.start_ratio, config.end_ratio)
+  rate = rate_of(config, steps)
   decay = weight_decay(config.decay, config.decay_end, steps)
   return freeze(adamw(rate, decay, tuple(config.betas), clip=config.clip), frozen)
