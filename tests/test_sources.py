@@ -449,6 +449,7 @@ def test_prepared_tfds_data_is_read_without_tensorflow(tmp_path):
   (tmp_path / 'dataset_info.json').write_text(json.dumps(info))
   train, val = (pickle.loads(pickle.dumps(open_source('tfds', tmp_path, split))) for split in sources.SPLITS)
   assert (len(train), len(val), train.class_names) == (5, 2, ('cat', 'dog'))
+  assert train.total == val.total == 7 and len(identity(train)) == 12
   np.testing.assert_array_equal(train[3][0], pixels[3])
   assert train[3][1] == 1
   with pytest.raises(UnreadableImage, match=r'image 4 of .*\(train\)'):
