@@ -250,7 +250,8 @@ def test_classes_are_found_by_number_range_and_name(text, wanted):
 @pytest.mark.parametrize('text, words', [
     ('ants', 'no class .ants. .near: ant'), ('wolf', 'near: Wolf'), ('11', 'label 11 .* 0 to 10'), ('-1', 'label -1'),
     ('0-11', 'label 11'), ('0-2000000000', 'label 2000000000 '), ('9' * 5000, 'label 99999'), ('5-2', 'write 2-5'),
-    ('crane', 'called .crane.*2, 3'), ('1,,2', "no class ''"), ('name:', 'no class'), ('qqqqqq', 'give whole numbers from 0 to 10')])
+    ('crane', 'called .crane.*2, 3'), ('1,,2', "no class ''"), ('name:', 'no class'),
+    ('qqqqqq', 'give whole numbers from 0 to 10')])
 def test_classes_that_do_not_exist_are_refused_with_what_is_near(text, words):
   with pytest.raises(UserError, match=words) as caught:
     labels.find(text, 11, NAMES)

@@ -1,8 +1,8 @@
 """Random-access sources of labelled images: `len(source)`, `source[i] -> (uint8 (H, W, 3), int label)`.
 
 Each has `class_names`, a tuple of str; `total`, the images of training and held-out part together; `notes`, lines that
-say how it was read; `sizes()`, the (height, width) of some images where that is cheap; `contents()`, bytes that tell its
-images from others, for `identity`. Each can be pickled for grain's worker processes. Which images are held out for
+say how it was read; `sizes()`, the (height, width) of some images where that is cheap; `contents()`, bytes that tell
+its images from others, for `identity`. Each can be pickled for grain's worker processes. Which images are held out for
 validation never depends on listing order, seed or process.
 """
 
