@@ -319,7 +319,8 @@ def test_classes_are_found_by_number_range_and_name(text, wanted):
 @pytest.mark.parametrize('text, words', [
     ('ants', 'no class .ants. .near: ant'), ('wolf', 'near: Wolf'), ('11', 'label 11 .* 0 to 10'), ('-1', 'label -1'),
     ('0-11', 'label 11'), ('0-2000000000', 'label 2000000000 '), ('9' * 5000, 'label 99999'), ('5-2', 'write 2-5'),
-    ('crane', 'called .crane.*2, 3'), ('1,,2', "no class ''"), ('name:', 'no class'), ('qqqqqq', 'give whole numbers from 0 to 10')])
+    ('crane', 'called .crane.*2, 3'), ('1,,2', "no class ''"), ('name:', 'no class'),
+    ('qqqqqq', 'give whole numbers from 0 to 10')])
 def test_classes_that_do_not_exist_are_refused_with_what_is_near(text, words):
   with pytest.raises(UserError, match=words) as caught:
     labels.find(text, 11, NAMES)
@@ -388,6 +389,21 @@ def test_experiment_begins_with_its_commands(file):
   text = file.read_text()
   for stage in ('tokenizer', 'generator'):
     assert f'python -m var_jax train --config=experiments/{file.name}:{stage}' in text.split('"""')[1]
+
+
+def test_folder_takes_any_size_that_the_strides_allow():
+  folder = ROOT / 'experiments' / 'folder.py'
+  scales = {64: (1, 2, 3, 4), 128: (1, 2, 3, 4, 6, 8), 256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}  # as ever
+  for size in (16, 28, 32, 48, 64, 80, 128, 256, 512):
+    for cpu in ('', ',cpu'):
+      config = flags.read_config(f'{folder}:tokenizer,size={size}{cpu}', [])
+      tokenizer = workdir_lib.make_tokenizer(config)
+      assert tokenizer.image_size == (size, size) and tokenizer.pyramid.last[0] >= 4
+      if not cpu and size in scales:
+        assert tuple(config.model.scales) == scales[size] and tokenizer.stride == 16
+  for size, words in ((100, 'use 96 or 112'), (18, 'use 16 or 20'), (0, 'use 16')):
+    with pytest.raises(UserError, match=words):
+      flags.read_config(f'{folder}:tokenizer,size={size}', [])
 
 
 def test_commands_begin_anew_with_huge_pages_once(monkeypatch):

@@ -84,8 +84,8 @@ def test_other_formats_are_read_as_png_is(form):
 
 def test_first_frame_of_several_is_read():
   frames = [Image.new('RGB', (6, 4), colour) for colour in (RED, (0, 0, 255))]
-  for form in ('GIF', 'TIFF', 'WEBP', 'PNG'):
-    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **{'WEBP': {'lossless': True}}.get(form, {}))
+  for form, options in (('GIF', {}), ('TIFF', {}), ('WEBP', {'lossless': True}), ('PNG', {})):
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
     assert read_image(data).shape == (4, 6, 3) and tuple(read_image(data)[1, 1]) == RED, form
 
 

@@ -208,7 +208,8 @@ def test_names_with_commas_can_be_given(tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(encoded(noise(4, 4, 3)))
   named = lambda *texts: [str(path.relative_to(tmp_path)) for path in files.images_named(texts)]
-  assert named(f'{tmp_path}/a,b.jpg,{tmp_path}/c.jpg', f'{tmp_path}/x,y') == ['a,b.jpg', 'c.jpg', 'x,y/1.png', 'x,y/2.png']
+  found = named(f'{tmp_path}/a,b.jpg,{tmp_path}/c.jpg', f'{tmp_path}/x,y')
+  assert found == ['a,b.jpg', 'c.jpg', 'x,y/1.png', 'x,y/2.png']
   assert named(f'{tmp_path}/gone.jpg,{tmp_path}/c.jpg') == ['gone.jpg', 'c.jpg']
   (tmp_path / 'empty').mkdir()
   with pytest.raises(UserError, match='no images .* in .*empty'):
@@ -223,7 +224,8 @@ def test_summary_says_what_was_read(tmp_path):
                   "the classes' names are numbers, but not their labels: 1 has the label 0",
                   'held out: 5 % of each class, the same ones always']
   digits = [open_source('digits', split=split) for split in sources.SPLITS]
-  assert sources.summary(*digits).startswith('data: 1,500 images to train on, 297 held out, of 8x8 pixels\n10 classes: 0 (')
+  said = sources.summary(*digits)
+  assert said.startswith('data: 1,500 images to train on, 297 held out, of 8x8 pixels\n10 classes: 0 (')
 
 
 def test_identity_is_that_of_the_images_and_changes_with_any_of_them(tmp_path):
@@ -405,7 +407,8 @@ def test_labels_of_any_whole_kind_are_labels_and_gaps_are_said(tmp_path):
 
 
 def test_an_npz_may_name_its_classes(tmp_path):
-  write = lambda names: np.savez(tmp_path / 'a.npz', images=noise(40, 2, 2), labels=np.arange(40) % 2, class_names=names)
+  arrays = dict(images=noise(40, 2, 2), labels=np.arange(40) % 2)
+  write = lambda names: np.savez(tmp_path / 'a.npz', **arrays, class_names=names)
   write(['cat', 'dog'])
   assert open_source('arrays', tmp_path / 'a.npz').class_names == ('cat', 'dog')
   for names in (['cat'], [1, 2], 'cat'):
@@ -449,6 +452,7 @@ def test_prepared_tfds_data_is_read_without_tensorflow(tmp_path):
   (tmp_path / 'dataset_info.json').write_text(json.dumps(info))
   train, val = (pickle.loads(pickle.dumps(open_source('tfds', tmp_path, split))) for split in sources.SPLITS)
   assert (len(train), len(val), train.class_names) == (5, 2, ('cat', 'dog'))
+  assert train.total == val.total == 7 and len(identity(train)) == 12
   np.testing.assert_array_equal(train[3][0], pixels[3])
   assert train[3][1] == 1
   with pytest.raises(UnreadableImage, match=r'image 4 of .*\(train\)'):

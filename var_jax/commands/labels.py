@@ -7,8 +7,7 @@ import unicodedata
 from var_jax import workdir as workdir_lib
 from var_jax.errors import UserError
 
-WAYS = ('numbers, ranges such as 0-9, names, or all. A number is always a label: write name:10 for a class that is called '
-        '10')
+WAYS = 'ranges such as 0-9, names, or all; a number is always a label, so write name:10 for a class that is called 10'
 
 
 def find(text, classes, names, flag='--labels'):
@@ -63,7 +62,7 @@ def _labels(word, classes, table, flag):
                     f'{", ".join(map(str, labels))}')
   if not labels:
     raise UserError(f'{flag}: there is no class {word!r}{_near(word, table)}; give whole numbers from 0 to '
-                    f'{classes - 1}, {WAYS.partition(", ")[2]}')
+                    f'{classes - 1}, {WAYS}')
   return labels
 
 

@@ -17,7 +17,7 @@ def main(arguments):
   parser = flags.Parser('sample', 'Draws images. Image i depends on the seed, i and its label alone.', EXAMPLE)
   parser.add_argument('--workdir', required=True, metavar='DIR', help="a generator's workdir")
   parser.add_argument('--labels', metavar='cat,7,0-9', help='classes, in turn (default: all): '
-                      f'{labels_lib.WAYS}')
+                      f'numbers, {labels_lib.WAYS}')
   parser.add_argument('--num', type=int, metavar='N', help='images in all (default: one a label)')
   parser.add_argument('--seed', type=int, default=0, metavar='S')
   flags.add_choices(parser)

@@ -151,8 +151,8 @@ def _array_source(images, labels, train_labels, rows, total, test_labels=(), cla
   empty = np.flatnonzero(np.bincount(train_labels, minlength=len(names)) == 0)
   notes = ()
   if len(empty):
-    notes = (f'no training images of {len(empty):,} of {len(names):,} classes, such as label {empty[0]}: if they are no '
-             f'classes, number the labels from 0 on, by {COMPACT}',)
+    notes = (f'no training images of {len(empty):,} of {len(names):,} classes, such as label {empty[0]}: if they are '
+             f'no classes, number the labels from 0 on, by {COMPACT}',)
   if rows is not None:
     images, labels = images[rows], labels[rows]
   return ArraySource(images, labels, names, total, notes)

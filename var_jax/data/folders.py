@@ -15,8 +15,8 @@ from var_jax.data.files import SUFFIXES, digests, listing, visible_folders
 from var_jax.data.images import header_size, read_image
 from var_jax.errors import UserError
 
-ROLES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val', 'eval': 'val',
-         'test': 'test', 'testing': 'test'}  # what folders of these names hold, whatever their capitals
+ROLES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val',
+         'eval': 'val', 'test': 'test', 'testing': 'test'}  # what folders of these names hold, whatever their capitals
 MEASURED = 20  # images whose sizes are looked at for a line about a set
 
 
@@ -102,9 +102,10 @@ def _layout(root):
       raise UserError(f'{root} holds {names[0]}/ and {names[1]}/, which may both be the same part: move one elsewhere')
   if flat_val := [name for name in flat if roles[name] == 'val']:
     place = root / flat_val[0]
-    raise UserError(f'{place} has no class folders: sort its images into {place}/CLASS/ as in {root / parts["train"][0]}'
-                    " (for ImageNet's, valprep.sh of github.com/soumith/imagenetloader.torch does that), or move it "
-                    'elsewhere, so that 5 % of each class are held out')
+    example = root / parts['train'][0]
+    raise UserError(f'{place} has no class folders: sort its images into {place}/CLASS as in {example} (valprep.sh of '
+                    "github.com/soumith/imagenetloader.torch does that to ImageNet's), or move it elsewhere, so that "
+                    '5 % of each class are held out')
   held_out = (parts['val'] or parts['test'] or [None])[0]
   unread = [name for name in (*flat, *parts['test'], *others) if name != held_out]
   notes = [f'held out: {root / held_out}'] if held_out else []
@@ -139,8 +140,8 @@ def _check_classes(root, roles, parts, flat, others):
   """UserError unless the folders in root can be classes, although some are named like parts of a set."""
   held_out = [*parts['val'], *parts['test'], *(name for name in flat if roles[name] != 'train')]
   if held_out:
-    raise UserError(f'{root / held_out[0]} has no train/ beside it: move the training images to {root / "train"}/CLASS; '
-                    f'where {held_out[0]} is a class, move it there too')
+    raise UserError(f'{root / held_out[0]} has no train/ beside it: move the training images to '
+                    f'{root / "train"}/CLASS; where {held_out[0]} is a class, move it there too')
   if flat and not others:
     raise UserError(f'no class folders in {root / flat[0]}: sort the images into {root / flat[0]}/CLASS/*.jpg')
   for name in others:
@@ -155,8 +156,8 @@ def _check_classes(root, roles, parts, flat, others):
 def _check_same_classes(layout, classes):
   odd = sorted(set(classes) ^ set(visible_folders(layout.held_out)))
   if odd:
-    raise UserError(f'{layout.held_out} and {layout.train} differ in classes ({", ".join(odd[:5])}): give both the same '
-                    f'folders, or move {layout.held_out} elsewhere, so that 5 % of each class are held out')
+    raise UserError(f'{layout.held_out} and {layout.train} differ in classes ({", ".join(odd[:5])}): give both the '
+                    f'same folders, or move {layout.held_out} elsewhere, so that 5 % of each class are held out')
 
 
 def _class_folders(root, classes):

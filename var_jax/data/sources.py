@@ -1,8 +1,8 @@
 """Random-access sources of labelled images: `len(source)`, `source[i] -> (uint8 (H, W, 3), int label)`.
 
 Each has `class_names`, a tuple of str; `total`, the images of training and held-out part together; `notes`, lines that
-say how it was read; `sizes()`, the (height, width) of some images where that is cheap; `contents()`, bytes that tell its
-images from others, for `identity`. Each can be pickled for grain's worker processes. Which images are held out for
+say how it was read; `sizes()`, the (height, width) of some images where that is cheap; `contents()`, bytes that tell
+its images from others, for `identity`. Each can be pickled for grain's worker processes. Which images are held out for
 validation never depends on listing order, seed or process.
 """
 
@@ -20,12 +20,13 @@ from var_jax.data.tokens import TokenSource
 from var_jax.errors import UserError, first_line
 
 SPLITS = ('train', 'validation')
+KINDS = ('digits', 'folder', 'arrays', 'tfds', 'tokens')
 NAMED = 10  # classes that a line about a set names
 
 
 def moved(config, place):
   """A config with its data elsewhere: 'PATH', or 'KIND:PATH' for another kind of data, such as folder:/data/photos."""
-  kind, _, path = place.rpartition(':')
+  kind, _, path = place.partition(':') if place.partition(':')[0] in KINDS else ('', '', place)
   config = config.copy_and_resolve_references().unlock()
   config.data.update(path=path, **({'source': kind} if kind else {}))
   return config.lock()
@@ -37,10 +38,9 @@ def open_source(kind, path=None, split='train', tokens=False):
   split: 'train' or 'validation'. tokens: whether 'tokens' will do in place of images. Raises UserError when kind or
   split is unknown, or path does not hold such data.
   """
-  kinds = {'digits': open_digits, 'folder': open_folder, 'arrays': open_arrays, 'tfds': TfdsSource,
-           'tokens': TokenSource}
+  kinds = dict(zip(KINDS, (open_digits, open_folder, open_arrays, TfdsSource, TokenSource)))
   if kind not in kinds:
-    raise UserError(f'unknown kind of data {kind!r}: use one of {", ".join(kinds)}')
+    raise UserError(f'unknown kind of data {kind!r}: use one of {", ".join(KINDS)}')
   if kind == 'tokens' and not tokens:
     raise UserError(f'{path} holds tokens, but this needs images: say where those are, by --data=KIND:PATH to evaluate '
                     'or reconstruct, by --config.data.source=KIND --config.data.path=PATH to train')
@@ -95,7 +95,6 @@ class TfdsSource:
 
   Bytes are decoded by `read_image`, so TensorFlow is not needed. A data set without 'validation' uses 'test'.
   """
-  notes = ()
 
   def __init__(self, path, split):
     try:
@@ -115,7 +114,9 @@ class TfdsSource:
       self._records = builder.as_data_source(split, decoders=decoders)
       self._files = [str(file) for file in builder.info.splits[split].filepaths]
       held_out = 'validation' if 'validation' in builder.info.splits else 'test'
-      self.total = sum(builder.info.splits[part].num_examples for part in ('train', held_out))
+      parts = {'train', held_out} & set(builder.info.splits)
+      self.total = sum(builder.info.splits[part].num_examples for part in parts)
+      self.notes = (f'held out: the split {held_out!r}',)
     except Exception as error:  # tfds raises its own kinds for missing splits, features, shards and file formats
       raise UserError(f'cannot read split {split!r} of {path}: {first_line(error)}; it needs features image and label, '
                       'prepared with file_format array_record') from error

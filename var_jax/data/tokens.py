@@ -67,8 +67,8 @@ class TokenSource:
       return tokens_CxL.astype(np.int32), int(np.frombuffer(record, np.int32, 1)[0])
     except (RuntimeError, ValueError) as error:  # array_record's, and of a record that is too short
       file = self._files[min(index // PER_SHARD, len(self._files) - 1)]
-      raise UserError(f'{file} is damaged ({first_line(error)}): remove it and run `var-jax tokenize` again, which makes '
-                      'what is missing') from error
+      raise UserError(f'{file} is damaged ({first_line(error)}): remove it and run `var-jax tokenize` again, which '
+                      'makes what is missing') from error
 
   def sizes(self):
     return []
