@@ -207,7 +207,9 @@ case "$SLURM_ARRAY_TASK_ID" in
 esac
 status=0
 train || status=$?
-[ "$status" != 143 ] || scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"  # it saved; on with it
+case $status in  # 128 + a signal: it was told to stop, and saved
+  129|138|140|143) scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" ;;
+esac
 exit "$status"'''
 
 

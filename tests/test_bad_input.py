@@ -136,6 +136,7 @@ COMMAND_LINES = {
     'image_no_multiple_of_the_stride': ('image_size', [*TRAIN, '--config.image_size=(9,9)']),
     'scales_from_fine_to_coarse': ('coarse to fine', [*TRAIN, '--config.model.scales=(4,2,1)']),
     'scale_of_nothing': ('1x1', [*TRAIN, '--config.model.scales=(0,4)']),
+    'scales_beyond_counting': ('more tokens', [*TRAIN, '--config.model.scales=(1,99999999)']),
     'no_scales': ('scales', [*TRAIN, '--config.model.scales=()']),
     'scales_in_words': ('scales', [*TRAIN, '--config.model.scales=("a",4)']),
     'batch_that_devices_cannot_share': ('batch_size 12.*8 devices.*multiple of 8', [*TRAIN, '--config.batch_size=12']),

@@ -37,6 +37,8 @@ class Pyramid:
       raise UserError(f'scales must be at least 1x1 and there must be one, not {scales!r}')
     if any(a[0] > b[0] or a[1] > b[1] for a, b in zip(pairs, pairs[1:])):
       raise UserError(f'scales must go from coarse to fine, not {scales!r}')
+    if sum(height * width for height, width in pairs) >= 2**31:
+      raise UserError(f'scales {scales!r} have more tokens than can be counted: choose smaller ones')
     return cls(pairs)
 
   def __len__(self):
