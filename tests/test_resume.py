@@ -37,7 +37,7 @@ from tiny_runs import (
   train_line,
 )
 
-from var_jax import lineage, progress
+from var_jax import lineage, lock, progress
 from var_jax import workdir as workdir_lib
 from var_jax.__main__ import main
 from var_jax.data.sources import open_source
@@ -301,8 +301,8 @@ def test_later_of_two_runs_goes_on_where_nothing_locks(tmp_path, monkeypatch):
   def no_locks(*arguments):
     raise OSError(errno.ENOLCK, 'No locks available')
 
-  monkeypatch.setattr(workdir_lib.fcntl, 'flock', no_locks)
-  with workdir_lib.alone(tmp_path) as first, workdir_lib.alone(tmp_path) as second:
+  monkeypatch.setattr(lock.fcntl, 'flock', no_locks)
+  with lock.alone(tmp_path) as first, lock.alone(tmp_path) as second:
     train_line(Line(2), tmp_path, Checkpoints(tmp_path, guard=second))
     before = (tmp_path / 'metrics.jsonl').read_text()
     with pytest.raises(UserError, match='another run has begun in'):

@@ -1,16 +1,11 @@
 """Workdirs: `config.json`, `checkpoints/` and, in a generator's, its tokenizer's copy. The one way to load a model."""
 
-import contextlib
 import dataclasses
-import fcntl
-import functools
 import hashlib
 import json
 import os
 import pathlib
-import socket
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +17,7 @@ from var_jax import configs
 from var_jax.errors import UserError, note
 from var_jax.generator.attention import IMPLEMENTATIONS
 from var_jax.generator.transformer import Generator
+from var_jax.lock import cannot_write
 from var_jax.pyramid import Pyramid
 from var_jax.remat import POLICIES
 from var_jax.tokenizer.tokenizer import Tokenizer
@@ -146,52 +142,6 @@ def check_config(workdir, config):
   return [f'{k} is now {new[k]!r}, it was {old.get(k)!r}{CONSEQUENCES.get(k, "")}' for k in differing]
 
 
-@contextlib.contextmanager
-def alone(workdir):
-  """Holds a folder's lock. UserError when another run works in it, as far as its file system has locks.
-
-  Gives a function that raises UserError once another run has begun there: of two machines, the later one goes on.
-  """
-  if not processes.is_first():
-    yield lambda: None
-    return
-  path, running = (pathlib.Path(workdir) / name for name in ('.lock', '.running'))
-  ours = f'{socket.gethostname()}, process {os.getpid()}, {time.time_ns()}'
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open('a')
-  except OSError as error:
-    raise _cannot_write(workdir, error) from None
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(f'another process is at work in {workdir}: wait for it, stop it, or use another one') from None
-    except OSError:
-      pass  # a file system without locks
-    try:
-      running.write_text(ours)
-    except OSError as error:
-      raise _cannot_write(workdir, error) from None
-    try:
-      yield functools.partial(_check_alone, running, ours)
-    finally:
-      with contextlib.suppress(OSError, UserError):
-        _check_alone(running, ours)
-        running.unlink()
-
-
-def _check_alone(running, ours):
-  try:
-    found = running.read_text()
-  except OSError as error:
-    raise UserError(f'{running.parent} is gone, or another run has been in it ({error.strerror}): this one stops; the '
-                    'same command goes on from what is saved') from None
-  if found != ours:
-    raise UserError(f'another run has begun in {running.parent} (on {found.rpartition(", ")[0]}): this one stops, so '
-                    'that they do not mix')
-
-
 def write_config(workdir, config):
   """Writes config.json, whole or not at all; of several processes the first does."""
   _write_json(workdir, 'config.json', json.loads(config.to_json()))
@@ -210,11 +160,7 @@ def _write_json(workdir, name, content):
       os.fsync(file.fileno())  # or a machine that fails leaves it empty
     temporary.replace(path)
   except OSError as error:
-    raise _cannot_write(workdir, error) from None
-
-
-def _cannot_write(workdir, error):
-  return UserError(f'cannot write to {workdir} ({error.strerror}): choose another --workdir, or free some space')
+    raise cannot_write(workdir, error) from None
 
 
 def activation_dtype(config):

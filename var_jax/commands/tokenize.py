@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
-from var_jax import progress
+from var_jax import lock, progress
 from var_jax import workdir as workdir_lib
 from var_jax.commands import flags, output
 from var_jax.commands.train import check_numbers
@@ -52,7 +52,7 @@ def run(config, options):
       'data': [identity(source) for source in sources.values()], 'classes': sources['train'].class_names,
       **{split: len(source) for split, source in sources.items()}}
   output.make_folder(pathlib.Path(options.out))
-  with workdir_lib.alone(options.out):
+  with lock.alone(options.out):
     if processes.is_first():
       tokens.describe(options.out, made)
     processes.wait('described')

@@ -6,7 +6,7 @@ import textwrap
 
 import jax
 
-from var_jax import axes, lineage, paths
+from var_jax import axes, lineage, lock, paths
 from var_jax import workdir as workdir_lib
 from var_jax.commands import experiment, flags
 from var_jax.errors import UserError, note
@@ -63,7 +63,7 @@ def run(config, workdir):
   stage, keep_tokenizer = make_stage(config, workdir, steps)
   if config.data.source == 'tokens':
     _check_tokens(config, sources[0], stage)
-  with workdir_lib.alone(workdir) as guard:
+  with lock.alone(workdir) as guard:
     if processes.is_first():
       note(summary(*sources))
     with Checkpoints(workdir, config.keep, config.keep_every, clean=True, guard=guard) as checkpoints:

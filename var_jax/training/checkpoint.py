@@ -9,13 +9,13 @@ import functools
 import logging
 import pathlib
 import sys
-import warnings
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from var_jax.errors import UserError, first_line, note
 from var_jax.training import checksums, processes
+from var_jax.training.quiet import no_logs, no_straggler, quiet
 
 
 def _parts(state):
@@ -54,38 +54,11 @@ def steps_on_disk(folder):
   return sorted(int(path.name) for path in folder.glob('*') if path.name.isdecimal())
 
 
-def _no_straggler(record):
-  """A filter for asyncio's log: once one read of a checkpoint has failed, others do, at any time."""
-  return 'never retrieved' not in record.getMessage()
-
-
-@contextlib.contextmanager
-def _no_logs():
-  """Silences orbax and absl, whose notes about asynchronous internals would drown our own."""
-  loggers = [logging.getLogger(name) for name in ('absl', 'orbax', 'asyncio')]
-  levels = [logger.level for logger in loggers]
-  try:
-    for logger in loggers:
-      logger.setLevel(logging.CRITICAL)
-    yield
-  finally:
-    for logger, level in zip(loggers, levels):
-      logger.setLevel(level)
-
-
 @functools.cache
 def _no_late_calls():
   """Silences for good what tensorstore's threads do after an error: call a loop that orbax has closed, at any time."""
   hook = sys.unraisablehook
   sys.unraisablehook = lambda late: 'loop is closed' in str(late.exc_value) or hook(late)
-
-
-@contextlib.contextmanager
-def _quiet():
-  """Silences their warnings as well."""
-  with _no_logs(), warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    yield
 
 
 class Checkpoints:
@@ -102,14 +75,14 @@ class Checkpoints:
     _no_late_calls()
     self.say, self.guard = say, guard
     self._unreadable = set()
-    self._silence = _no_logs()
+    self._silence = no_logs()
     self._saving = None  # the step of a save that may be under way
     policies = ocp.training.preservation_policies
     policy = policies.LatestN(keep)
     if keep_every:
       policy = policies.AnyPreservationPolicy([policy, policies.EveryNSteps(keep_every)])
     try:
-      with _quiet():
+      with quiet():
         self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policy, cleanup_tmp_directories=clean)
     except OSError as error:
       raise UserError(f'cannot write to {workdir} ({error.strerror}): choose another --workdir') from None
@@ -120,13 +93,13 @@ class Checkpoints:
 
   def __exit__(self, kind, error, traceback):
     if kind is None or jax.process_count() == 1:  # else others may be gone, for which orbax would wait minutes
-      with contextlib.suppress(Exception), _quiet():  # errors of a save are raised by `finish`
+      with contextlib.suppress(Exception), quiet():  # errors of a save are raised by `finish`
         self._orbax.close()
     self._silence.__exit__(None, None, None)
 
   def steps(self):
     """Steps with a complete checkpoint, oldest first."""
-    with _quiet():
+    with quiet():
       return sorted(c.step for c in self._orbax.checkpoints)
 
   def save(self, state, metadata):
@@ -168,7 +141,7 @@ class Checkpoints:
   def _saving_may_fail(self):
     step = self._saving
     try:
-      with _quiet():
+      with quiet():
         yield
     except Exception as error:  # orbax reports a full disk as OSError, ValueError or its own errors
       self._saving = None
@@ -209,7 +182,7 @@ class Checkpoints:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
-      with context, _quiet():
+      with context, quiet():
         params = ocp.load(self.folder / str(step), {'params': like}, checkpointable_name='training')
         checksums.check({'training': params}, self._stored(step)[1])
         return params['params']
@@ -221,8 +194,7 @@ class Checkpoints:
 
   def _newest_readable(self, wanted):
     # Of orbax's own list, spoiled ones are left out unsaid, such as an empty folder.
-    steps = sorted(set().union(*processes.from_all(steps_on_disk(self.folder))))
-    reasons, apart = [], False
+    steps, reasons, apart = _steps_of_all(self.folder), [], False
     for step in reversed(steps):
       items, metadata, failed = self._read(step, wanted)
       if not failed:
@@ -231,7 +203,7 @@ class Checkpoints:
         return items, step, metadata
       apart |= len(failed) < jax.process_count()
       reasons.append(_told(failed))
-      logging.getLogger('asyncio').addFilter(_no_straggler)
+      logging.getLogger('asyncio').addFilter(no_straggler)
       self._unreadable.add(step)
       self.say(f'checkpoint {step} in {self.folder} cannot be read ({reasons[-1]})')
     if not steps:
@@ -275,20 +247,11 @@ class Checkpoints:
     return stored.metadata['model'], metadata.pop('checksums', {}), metadata
 
   def newest_metadata(self):
-    """The metadata of the newest checkpoint that the first process can read and that has some, None without one."""
-    return processes.from_first(self._newest_metadata())
-
-  def _newest_metadata(self):
-    for step in reversed(self.steps()):
-      try:
-        with _quiet():
-          _, sums, metadata = self._stored(step)
-      except Exception as error:  # a damaged one: `restore` says so
-        if processes.is_loss(error):
-          raise
-        continue
-      if sums or metadata:
-        return metadata
+    """The metadata of the newest checkpoint that has some that all processes can read, None when there is none."""
+    for step in reversed(_steps_of_all(self.folder)):
+      stored, failed = _try(lambda: self._stored(step)[1:])
+      if not failed and any(stored):
+        return processes.from_first(stored)[1]
     return None
 
 
@@ -296,7 +259,7 @@ def _try(function, *arguments):
   """(result, {process: why it failed}) of what every process does; no result unless all have one."""
   result = why = None
   try:
-    with _quiet():
+    with quiet():
       result = function(*arguments)
   except Exception as error:  # whatever a damaged file makes orbax raise
     if processes.is_loss(error):
@@ -304,6 +267,10 @@ def _try(function, *arguments):
     why = _cause(error)
   failed = {index: text for index, text in enumerate(processes.from_all(why)) if text is not None}
   return None if failed else result, failed
+
+
+def _steps_of_all(folder):
+  return sorted(set().union(*processes.from_all(steps_on_disk(folder))))
 
 
 def _told(failed):
@@ -315,7 +282,7 @@ def _told(failed):
 def save_params(folder, params):
   """Writes parameters alone as an orbax checkpoint, for other programs: `ocp.load(folder)` gives nested dicts."""
   try:
-    with _quiet():
+    with quiet():
       ocp.save(pathlib.Path(folder).absolute(), params)
   except Exception as error:  # see Checkpoints._write
     raise UserError(f'could not write {folder} ({_cause(error)}): free some space') from error
