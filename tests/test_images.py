@@ -5,11 +5,11 @@ import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tiny_images import RED, encoded, noise, png_with_header
 
 from var_jax.data import images
-from var_jax.data.images import UnreadableImage, fit, read_image, to_float, to_uint8
+from var_jax.data.images import UnreadableImage, fit, read_image, read_mask, to_float, to_uint8
 from var_jax.errors import UserError
 
 
@@ -72,6 +72,74 @@ def test_sixteen_bits_are_scaled_not_clipped():
     assert image.mode.startswith('I')
   np.testing.assert_array_equal(read_image(data)[..., 1], [[0, 1, 100], [128, 254, 255]])
   np.testing.assert_array_equal(images._rgb(Image.fromarray(values.astype(np.int32))), read_image(data))
+
+
+@pytest.mark.parametrize('form', ['BMP', 'GIF', 'TIFF', 'PPM'])
+def test_other_formats_are_read_as_png_is(form):
+  """Folders of users hold what their tools wrote; a file that is passed over in silence is a class with too little."""
+  rgb = noise(9, 7, 3)
+  rgb = np.array(Image.fromarray(rgb).quantize(64).convert('RGB')) if form == 'GIF' else rgb
+  np.testing.assert_array_equal(read_image(encoded(rgb, form)), rgb)
+
+
+def test_first_frame_of_several_is_read():
+  frames = [Image.new('RGB', (6, 4), colour) for colour in (RED, (0, 0, 255))]
+  for form in ('GIF', 'TIFF', 'WEBP', 'PNG'):
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **{'WEBP': {'lossless': True}}.get(form, {}))
+    assert read_image(data).shape == (4, 6, 3) and tuple(read_image(data)[1, 1]) == RED, form
+
+
+def test_transparent_places_of_a_gif_are_white_and_a_tiff_is_turned_once():
+  palette = Image.new('P', (4, 2), 1)
+  palette.putpalette([0, 0, 0, *RED])
+  palette.putpixel((3, 0), 0)
+  image = read_image(encoded(palette, 'GIF', transparency=0))
+  assert tuple(image[1, 1]) == RED and tuple(image[0, 3]) == (255, 255, 255)
+  rgb = noise(4, 6, 3)
+  turned = encoded(Image.fromarray(rgb), 'TIFF', tiffinfo={images.ORIENTATION: 6})
+  np.testing.assert_array_equal(read_image(turned), np.rot90(rgb, -1))
+
+
+def test_floats_and_wide_numbers_are_scaled_by_what_they_can_be():
+  grey = noise(6, 5)
+  grey[0, :2] = 0, 255
+  wanted = np.repeat(grey[..., None], 3, -1)
+  for values in (grey / np.float32(255), grey.astype(np.float32), grey.astype(np.int32), grey.astype(np.int32) * 257,
+                 grey.astype(np.uint16) * 257):
+    np.testing.assert_array_equal(read_image(encoded(values, 'TIFF')), wanted)
+  dark = read_image(encoded(np.full((4, 4), 200, np.uint16)))  # of 65,535
+  assert dark.max() == 1
+  for values in (np.full((4, 4), -1, np.float32), np.full((4, 4), 1e6, np.float32), np.full((4, 4), 1 << 20, np.int32),
+                 np.full((4, 4), np.nan, np.float32)):
+    with pytest.raises(UnreadableImage, match='store 8 bits'):
+      read_image(encoded(values, 'TIFF'))
+
+
+def test_large_profiles_and_texts_of_a_png_spoil_no_pixel():
+  """PIL refuses a megabyte of either, after decompression; cameras and editors write more."""
+  rgb, text = noise(8, 6, 3), PngImagePlugin.PngInfo()
+  text.add_text('notes', 'x' * 3_000_000, zip=True)
+  text.add_itxt('more', 'y' * 3_000_000, zip=True)
+  exif = Image.Exif()
+  exif[images.ORIENTATION] = 6
+  for options in (dict(icc_profile=bytes(3_000_000)), dict(pnginfo=text)):
+    np.testing.assert_array_equal(read_image(encoded(rgb, **options)), rgb)
+    np.testing.assert_array_equal(read_image(encoded(rgb, exif=exif, **options)), np.rot90(rgb, -1))
+  assert PngImagePlugin.MAX_TEXT_CHUNK == 2**20  # a switch of the whole process stays as it was
+
+
+def test_masks_are_read_however_black_and_white_are_stored():
+  wanted = noise(6, 5) > 127
+  palette = Image.fromarray(np.uint8(wanted), 'P')
+  palette.putpalette([0, 0, 0, 128, 0, 0])
+  stored = {'0 and 255': np.uint8(wanted * 255), '0 and 1': np.uint8(wanted), 'bits': Image.fromarray(wanted),
+            'colours': np.repeat(np.uint8(wanted * 255)[..., None], 3, -1), 'wide': wanted.astype(np.int32),
+            '16 bits': wanted.astype(np.uint16), 'floats': wanted.astype(np.float32), 'palette': palette,
+            'soft': np.where(wanted, 200, 90 * (noise(6, 5, seed=1) > 127)).astype(np.uint8)}
+  for name, mask in stored.items():
+    np.testing.assert_array_equal(read_mask(encoded(mask, 'TIFF')), wanted, name)
+  for value, answer in ((0, False), (1, True), (255, True)):
+    assert (read_mask(encoded(np.full((3, 3), value, np.uint8))) == answer).all()
 
 
 @pytest.mark.parametrize('turn', range(1, 9))

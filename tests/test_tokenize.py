@@ -119,3 +119,23 @@ def test_tokens_of_another_tokenizer_are_refused(trained, made, tmp_path, capsys
   (other / 'tokens.json').write_text('{')
   assert main([*train, f'--config={trained[0]}:generator']) == 2
   assert '`var-jax tokenize` has made' in capsys.readouterr().err and not (tmp_path / 'w').exists()
+
+
+def test_tokens_are_bound_to_all_images_and_those_of_earlier_commits_stay(trained, tmp_path, capsys):
+  """An interrupted `tokenize` must not go on with images that have changed, whichever of them did."""
+  images, out = tmp_path / 'images.npz', tmp_path / 'tokens'
+  pixels, labels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8), np.arange(40) % 2
+  flags = ['--config.data.source=arrays', f'--config.data.path={images}']
+  np.savez(images, images=pixels, labels=labels)
+  assert tokenize(trained, out, *flags) == 0 and tokenize(trained, out, *flags) == 0
+  pixels[11] = 0
+  np.savez(images, images=pixels, labels=labels)
+  capsys.readouterr()
+  assert tokenize(trained, out, *flags) == 2
+  assert 'data is another' in capsys.readouterr().err
+  made = json.loads((out / 'tokens.json').read_text())
+  del made['data']
+  (out / 'tokens.json').write_text(json.dumps(made))
+  assert tokenize(trained, out, *flags) == 0
+  assert main(['train', f'--config={trained[0]}:generator', f'--workdir={tmp_path / "w"}', '--config.steps=1',
+               f'--config.tokenizer={trained[1]}', '--config.data.source=tokens', f'--config.data.path={out}']) == 0

@@ -76,6 +76,7 @@ def keep_tokenizer(workdir, place, params):
   with Checkpoints(copy) as checkpoints:
     checkpoints.save_model(0, jax.device_get(params), {})
   workdir_lib.write_config(copy, workdir_lib.read_config(place))
+  workdir_lib.keep_class_names(copy, place)
 
 
 def keep_best(workdir, config, metadata, params, step):
@@ -86,3 +87,4 @@ def keep_best(workdir, config, metadata, params, step):
   if processes.is_first() and tokenizer.exists() and not (best / 'tokenizer').exists():
     shutil.copytree(tokenizer, best / 'tokenizer')
   workdir_lib.write_config(best, config)
+  workdir_lib.keep_class_names(best, workdir)

@@ -33,7 +33,9 @@ class Model:
   Work is done in batches of one size over the mesh (default: all devices); the last one is filled up. Of several
   processes each has to make the same calls, and gets the same results.
   low_memory: each device encodes and decodes image after image; bfloat16: the generator's kernels are kept in it.
+  class_names: in the order of the labels, where the workdir keeps them.
   """
+  class_names = None
 
   def __init__(self, tokenizer, tokenizer_params, generator=None, generator_params=None, mesh=None, *,
                low_memory=False, bfloat16=False):
@@ -206,6 +208,9 @@ def load(workdir, *, raw=False, **saving):
   config = workdir_lib.read_config(workdir)
   mesh = mesh_lib.fitting(config.mesh)
   if config.stage == 'tokenizer':
-    return Model(*workdir_lib.load_tokenizer(workdir, raw=raw), mesh=mesh, **saving)
-  generator, params, tokenizer, tokenizer_params = workdir_lib.load_generator(pathlib.Path(workdir), raw=raw)
-  return Model(tokenizer, tokenizer_params, generator, params, mesh, **saving)
+    model = Model(*workdir_lib.load_tokenizer(workdir, raw=raw), mesh=mesh, **saving)
+  else:
+    generator, params, tokenizer, tokenizer_params = workdir_lib.load_generator(pathlib.Path(workdir), raw=raw)
+    model = Model(tokenizer, tokenizer_params, generator, params, mesh, **saving)
+  model.class_names = workdir_lib.class_names(workdir)
+  return model

@@ -66,9 +66,9 @@ def class_names(workdir):
   path = pathlib.Path(workdir) / 'classes.json'
   try:
     names = json.loads(path.read_text())
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return None
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f'{path} cannot be used ({error}): restore it from a copy, or remove it') from None
   if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
     raise UserError(f'{path} is no list of names: restore it from a copy, or remove it')
@@ -78,6 +78,25 @@ def class_names(workdir):
 def write_class_names(workdir, names):
   """Writes classes.json, whole or not at all; of several processes the first does."""
   _write_json(workdir, 'classes.json', list(names))
+
+
+def check_class_names(workdir, names):
+  """UserError when a workdir's classes are others, or in another order: labels would change their meaning."""
+  old = class_names(workdir)
+  if old is None or old == tuple(names):
+    return
+  label = next((i for i, pair in enumerate(zip(old, names)) if pair[0] != pair[1]), min(len(old), len(names)))
+  there, here = (repr(some[label]) if label < len(some) else 'none' for some in (old, names))
+  raise UserError(
+      f'{workdir} holds a run with {len(old)} classes, the data has {len(names)}, and label {label} is {there} there, '
+      f'{here} here: give the same data, or use another --workdir (--config.start_from={workdir} begins with what this '
+      'one has learned)')
+
+
+def keep_class_names(workdir, place):
+  """Writes the names that the workdir `place` keeps, if it does, into another one."""
+  if (names := class_names(place)) is not None:
+    write_class_names(workdir, names)
 
 
 def check_config(workdir, config):

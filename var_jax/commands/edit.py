@@ -4,7 +4,8 @@ import numpy as np
 
 from var_jax import pictures
 from var_jax.commands import flags, output
-from var_jax.data.images import fit, read_image
+from var_jax.commands import labels as labels_lib
+from var_jax.data.images import fit, read_image, read_mask
 from var_jax.errors import UserError
 
 EXAMPLE = ('var-jax edit --workdir=runs/d16 --image=dog.jpg --box=60,60,200,200 --mode=inpaint --label=207 '
@@ -22,7 +23,7 @@ def main(arguments):
   parser.add_argument('--mask', metavar='FILE', help='or: a picture of the same size, white in place of the box')
   parser.add_argument('--mode', choices=['inpaint', 'outpaint'], default='inpaint',
                       help='inpaint draws the box (or white) anew, outpaint all else (default inpaint)')
-  parser.add_argument('--label', type=int, metavar='L', help='class of the new part (default: none)')
+  parser.add_argument('--label', metavar='L', help='class of the new part, a number or a name (default: none)')
   parser.add_argument('--num', type=int, default=1, metavar='N', help='versions (default 1)')
   parser.add_argument('--seed', type=int, default=0, metavar='S')
   flags.add_choices(parser)
@@ -33,6 +34,7 @@ def main(arguments):
   image = read_image(options.image)
   inside = _inside(options, image.shape[:2])
   output.check(options.out, filter(None, [options.image, options.mask]))
+  labels = options.label and labels_lib.one_of_workdir(options.label, options.workdir) * options.num
 
   from var_jax.model import load
 
@@ -42,7 +44,6 @@ def main(arguments):
   if not redraw.any() or redraw.all():
     raise UserError('within the part of the image that the model sees (its centre) there is nothing to '
                     f'{"draw anew" if not redraw.any() else "keep"}: choose another box or mask')
-  labels = None if options.label is None else [options.label] * options.num
   edited = model.edit(np.repeat(image[None], options.num, 0), np.repeat(redraw[None], options.num, 0), labels,
                       options.seed, progress=True, **flags.choices(options))
   picture = edited.images[0] if options.num == 1 else pictures.sheet(edited.images)
@@ -55,11 +56,11 @@ def _inside(options, size):
   if bool(options.box) == bool(options.mask):
     raise UserError('say which part: either --box=y0,x0,y1,x1 or --mask=FILE')
   if options.mask:
-    mask = read_image(options.mask, opaque=True)
-    if mask.shape[:2] != size:
+    mask = read_mask(options.mask)
+    if mask.shape != size:
       raise UserError(f'the mask {options.mask} has {mask.shape[0]}x{mask.shape[1]} pixels, the image {size[0]}x'
                       f'{size[1]}: give a mask of the same size')
-    return mask.mean(axis=-1) > 127
+    return mask
   if len(options.box) != 4:
     raise UserError(f'--box takes four numbers y0,x0,y1,x1, not {len(options.box)}')
   y0, x0, y1, x1 = options.box

@@ -6,6 +6,7 @@ import numpy as np
 
 from var_jax import pictures, progress
 from var_jax.commands import flags, output
+from var_jax.commands import labels as labels_lib
 from var_jax.errors import UserError
 from var_jax.training import processes
 
@@ -15,7 +16,8 @@ EXAMPLE = 'var-jax sample --workdir=runs/digits/generator --labels=0,3,7 --num=9
 def main(arguments):
   parser = flags.Parser('sample', 'Draws images. Image i depends on the seed, i and its label alone.', EXAMPLE)
   parser.add_argument('--workdir', required=True, metavar='DIR', help="a generator's workdir")
-  parser.add_argument('--labels', type=flags.numbers, metavar='0,3,7', help='classes, in turn (default: all)')
+  parser.add_argument('--labels', metavar='cat,7,0-9', help='classes, in turn (default: all): '
+                      f'{labels_lib.WAYS}')
   parser.add_argument('--num', type=int, metavar='N', help='images in all (default: one a label)')
   parser.add_argument('--seed', type=int, default=0, metavar='S')
   flags.add_choices(parser)
@@ -48,18 +50,18 @@ def run(options):
   from var_jax.evaluation.rejection import Rejecting
   from var_jax.model import load
 
+  asked = labels_lib.of_workdir(options.labels or 'all', options.workdir)
   model = load(options.workdir, low_memory=options.low_memory, bfloat16=options.bfloat16)
   if options.classifier:
     model = Rejecting(model, options.classifier, options.best_of)
   first = processes.is_first()
-  labels = options.labels or list(range(model.generator.classes if model.generator else 1))
-  labels = np.resize(labels, options.num or len(labels))
+  labels = np.resize(asked, options.num or len(asked))
   out, choices = pathlib.Path(options.out), flags.choices(options)
   if out.suffix.lower() == '.npz':
     draw(model, labels, options.seed, out, choices, options.batch_size)
   elif out.suffix:
     images = model.sample(labels, options.seed, batch_size=options.batch_size, progress=True, **choices).images
-    columns = min(len(options.labels or labels), len(labels))  # labels come in turn: a column each
+    columns = min(len(asked if options.labels else labels), len(labels))  # labels come in turn: a column each
     if first:
       output.save(out, images, pictures.sheet(images, columns if columns <= 20 else 0))
   else:

@@ -11,7 +11,7 @@ from var_jax import workdir as workdir_lib
 from var_jax.commands import flags, output
 from var_jax.commands.train import check_numbers
 from var_jax.data import pipeline, tokens
-from var_jax.data.sources import SPLITS, open_source
+from var_jax.data.sources import SPLITS, identity, open_source
 from var_jax.errors import UserError, note
 
 EXAMPLE = ('var-jax tokenize --config=experiments/digits.py:generator --workdir=runs/digits/tokenizer '
@@ -48,7 +48,8 @@ def run(config, options):
   made = {
       'tokenizer': workdir_lib.fingerprint(params), 'codes': tokenizer.codes, 'scales': tokenizer.pyramid.scales,
       'crops': options.crops, 'seed': config.seed, 'enlarge': config.data.enlarge, 'flip': config.data.flip,
-      'images': tokens.name_of(sources['train']), 'classes': sources['train'].class_names,
+      'images': tokens.name_of(sources['train']),
+      'data': [identity(source) for source in sources.values()], 'classes': sources['train'].class_names,
       **{split: len(source) for split, source in sources.items()}}
   output.make_folder(pathlib.Path(options.out))
   with workdir_lib.alone(options.out):

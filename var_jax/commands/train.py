@@ -31,7 +31,7 @@ def run(config, workdir):
 
   Everything that can be refused is refused before anything is written.
   """
-  from var_jax.data.sources import open_source
+  from var_jax.data.sources import open_source, summary
 
   check(config)
   tokens = config.stage == 'generator'
@@ -39,11 +39,14 @@ def run(config, workdir):
   if config.stage == 'generator':
     _set_classes(config, sources[0])
   changed = workdir_lib.check_config(workdir, config)
+  workdir_lib.check_class_names(workdir, sources[0].class_names)
   steps = config.steps or max(1, round(config.epochs * len(sources[0]) / config.batch_size))
   stage, keep_tokenizer = make_stage(config, workdir, steps)
   if config.data.source == 'tokens':
     _check_tokens(config, sources[0], stage)
   with workdir_lib.alone(workdir):
+    if processes.is_first():
+      note(summary(*sources))
     return _train(stage, config, sources, workdir, keep_tokenizer, changed)
 
 
@@ -55,6 +58,7 @@ def _train(stage, config, sources, workdir, keep_tokenizer, changed):
   with Checkpoints(workdir, config.keep, config.keep_every, clean=True) as checkpoints:
     stage.check_metadata(checkpoints.newest_metadata())
     workdir_lib.write_config(workdir, config)
+    workdir_lib.write_class_names(workdir, sources[0].class_names)
     keep_tokenizer()
     for change in changed:
       note(change)

@@ -6,48 +6,78 @@ Nothing here reads or changes PIL's global switches: the limits hold whatever el
 import io
 import math
 import pathlib
+import struct
 
 import numpy as np
-from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (BmpImagePlugin, GifImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, PpmImagePlugin,
+                 TiffImagePlugin, WebPImagePlugin)
 
 from var_jax.errors import UserError
 
 MAX_PIXELS = 178_956_970  # half a gigabyte of RGB; the size at which PIL too refuses by default
 ORIENTATION = 0x0112  # EXIF tag
+PNG = b'\x89PNG\r\n\x1a\n'
 # The decoders are called directly: PIL.Image.open would warn through process-wide state and try other formats.
 DECODERS = (
-  (b'\xff\xd8\xff', JpegImagePlugin.JpegImageFile),
-  (b'\x89PNG\r\n\x1a\n', PngImagePlugin.PngImageFile),
-  (b'RIFF', WebPImagePlugin.WebPImageFile),
+    (b'\xff\xd8\xff', JpegImagePlugin.JpegImageFile),
+    (PNG, PngImagePlugin.PngImageFile),
+    (b'RIFF', WebPImagePlugin.WebPImageFile),
+    (b'BM', BmpImagePlugin.BmpImageFile),
+    (b'GIF8', GifImagePlugin.GifImageFile),
+    *((mark, TiffImagePlugin.TiffImageFile) for mark in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')),
+    *((b'P%d' % kind, PpmImagePlugin.PpmImageFile) for kind in range(1, 7)),
 )
+FORMATS = 'JPEG, PNG or WebP, nor a BMP, GIF, TIFF or PPM'
+HEADER = 2**16  # bytes in which a file says its size, as a rule
+TEXTS = (b'iCCP', b'tEXt', b'zTXt', b'iTXt')  # chunks of a PNG that say nothing about its pixels
 
 
 class UnreadableImage(UserError):
   """An image that cannot be decoded; the message names it and the reason."""
 
 
-def read_image(source, *, size=None, name=None, opaque=False):
-  """Decodes a JPEG, PNG or WebP (told by content, not by suffix) to uint8 (H, W, 3) RGB.
+def read_image(source, *, size=None, name=None):
+  """Decodes an image file (see DECODERS; told by content, not by suffix) to uint8 (H, W, 3) RGB: its first frame.
 
   source: path or bytes; name: what errors call it. EXIF orientation is applied, transparency is composited on white,
-  16-bit greyscale is scaled to 8 bits. With `size` = (height, width), a JPEG may be decoded at 1/2, 1/4 or 1/8 scale
-  as long as it stays at least that large: faster, but not the pixels that the full decode followed by `fit` would give.
-  Raises UnreadableImage for anything else: missing, truncated, not an image, more than MAX_PIXELS in its header; with
-  `opaque`, where some pixel is transparent, as well.
+  greyscale of 16 bits or floats is scaled to 8 bits. With `size` = (height, width), a JPEG may be decoded at 1/2, 1/4
+  or 1/8 scale as long as it stays at least that large: faster, but not the pixels that the full decode followed by
+  `fit` would give. Raises UnreadableImage for anything else: missing, truncated, not an image, more than MAX_PIXELS in
+  its header.
   """
+  return _decoded(source, name, lambda image: np.array(_rgb(image)), size)
+
+
+def read_mask(source, *, name=None):
+  """(H, W) bool of a black and white image file: True where it is white.
+
+  Of a file that holds two values alone, the larger is white: masks are often stored as 0 and 1, or by a palette. Raises
+  UnreadableImage as `read_image`, also for transparent pixels.
+  """
+  return _decoded(source, name, _white, opaque=True)
+
+
+def header_size(path):
+  """(height, width) that a file's header tells, orientation applied; None where it tells none."""
+  try:
+    with open(path, 'rb') as file, _open(file.read(HEADER)) as image:
+      return image.size if _orientation(image) >= 5 else image.size[::-1]
+  except Exception:  # decoders fail in every way there is on broken files
+    return None
+
+
+def _decoded(source, name, convert, size=None, opaque=False):
+  """convert(PIL image, upright) of a file. UnreadableImage for whatever hinders that."""
   name = name or (f'{len(source)} bytes' if isinstance(source, bytes) else str(source))
   try:
     data = source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
-    with _open(data) as image:
-      if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f'{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}')
-      turn = _orientation(image)
-      if size and image.format == 'JPEG':
-        image.draft(None, size if turn >= 5 else size[::-1])  # 5 to 8 swap width and height
-      image.load()
-      if opaque and image.has_transparency_data and image.convert('RGBA').getextrema()[3][0] < 255:
-        raise ValueError('it has transparent pixels, which are neither black nor white')
-      return np.array(_rgb(ImageOps.exif_transpose(image) if turn > 1 else image))
+    try:
+      return _converted(data, convert, size, opaque)
+    except Exception:
+      bare = _without_texts(data)
+      if bare == data:
+        raise
+      return _converted(bare, convert, size, opaque)
   except MemoryError:
     raise
   except Exception as error:  # decoders fail in every way there is on broken files
@@ -55,12 +85,44 @@ def read_image(source, *, size=None, name=None, opaque=False):
     raise UnreadableImage(f'cannot read image {name}: {why}; replace or remove it') from error
 
 
+def _converted(data, convert, size, opaque):
+  """convert(PIL image, decoded and turned) of a file's bytes."""
+  with _open(data) as image:
+    if image.width * image.height > MAX_PIXELS:
+      raise ValueError(f'{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}')
+    turn = _orientation(image)
+    if size and image.format == 'JPEG':
+      image.draft(None, size if turn >= 5 else size[::-1])  # 5 to 8 swap width and height
+    image.load()
+    if opaque and image.has_transparency_data and image.convert('RGBA').getextrema()[3][0] < 255:
+      raise ValueError('it has transparent pixels, which are neither black nor white')
+    return convert(ImageOps.exif_transpose(image) if turn > 1 else image)
+
+
 def _open(data):
   """PIL image of the bytes, header read, pixels not decoded. Raises ValueError for other formats."""
   for signature, decoder in DECODERS:
     if data.startswith(signature):
       return decoder(io.BytesIO(data))
-  raise ValueError('not a JPEG, PNG or WebP' if data else 'empty')
+  raise ValueError(f'not a {FORMATS}' if data else 'empty')
+
+
+def _without_texts(data):
+  """The bytes of a PNG without colour profile and texts, of which PIL takes a megabyte at most; others as they are.
+
+  A short text that may tell the orientation stays.
+  """
+  if not data.startswith(PNG):
+    return data
+  parts, start = [PNG], len(PNG)
+  while start + 12 <= len(data):
+    length, kind = struct.unpack_from('>I4s', data, start)
+    chunk = data[start:start + 12 + length]
+    tells_orientation = chunk[8:].startswith((b'Raw profile type exif', b'XML:com.adobe.xmp')) and length < HEADER
+    if kind not in TEXTS or tells_orientation:
+      parts.append(chunk)
+    start += 12 + length
+  return b''.join(parts)
 
 
 def _orientation(image):
@@ -73,18 +135,41 @@ def _orientation(image):
 
 
 def _rgb(image):
-  """Any PIL mode that the three formats give -> mode RGB."""
-  if image.mode.startswith('I'):  # 16-bit greyscale, which PIL's own conversion clips at 255
-    values = np.asarray(image).astype(np.float32)
-    grey = np.clip(np.rint(values / 257), 0, 255).astype(np.uint8)
-    clear = image.info.get('transparency')
-    if isinstance(clear, int):
-      grey[values == clear] = 255
-    return Image.fromarray(grey).convert('RGB')
+  """Any PIL mode that the formats give -> mode RGB."""
+  if image.mode.startswith(('I', 'F')):
+    return _grey(image).convert('RGB')
   if image.has_transparency_data:
     rgba = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba).convert('RGB')
   return image if image.mode == 'RGB' else image.convert('RGB')
+
+
+def _grey(image):
+  """Greyscale of more than 8 bits, which PIL's own conversion clips at 255 -> mode L.
+
+  Whole numbers are of 16 bits, floats in [0, 1]; those stored in 32 bits may be of 8 bits as well. Raises ValueError
+  for others.
+  """
+  values = np.asarray(image).astype(np.float32)
+  least, most = values.min(), values.max()
+  limit = 1 if image.mode == 'F' and most <= 1 else 255 if image.mode in 'IF' and most <= 255 else 65535
+  if not (np.isfinite(values).all() and 0 <= least and most <= limit):
+    raise ValueError(f'its values lie in {least:g} to {most:g}: store 8 bits')
+  grey = np.rint(values / np.float32(limit / 255)).astype(np.uint8)
+  clear = image.info.get('transparency')
+  if isinstance(clear, int):
+    grey[values == clear] = 255
+  return Image.fromarray(grey)
+
+
+def _white(image):
+  """(H, W) bool of a PIL image, see `read_mask`."""
+  deep = image.mode.startswith(('I', 'F'))
+  values = np.array(image if deep else _rgb(image)).reshape(image.height, image.width, -1).mean(axis=-1)
+  found = np.unique(values)
+  if len(found) <= 2 and (len(found) == 2 or found[0] == 1):
+    return values == found[-1]
+  return (np.array(_grey(image)) if deep else values) > 127
 
 
 def fit(image, size, *, enlarge=1.125, rng=None, flip=False):

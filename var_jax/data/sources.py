@@ -1,33 +1,32 @@
 """Random-access sources of labelled images: `len(source)`, `source[i] -> (uint8 (H, W, 3), int label)`.
 
-Each has `class_names`, a tuple of str, and can be pickled for grain's worker processes. Which images are held out for
+Each has `class_names`, a tuple of str; `total`, the images of training and held-out part together; `notes`, lines that
+say how it was read; `sizes()`, the (height, width) of some images where that is cheap; `contents()`, bytes that tell its
+images from others, for `identity`. Each can be pickled for grain's worker processes. Which images are held out for
 validation never depends on listing order, seed or process.
 """
 
-import dataclasses
 import hashlib
+import json
 import os
-import pathlib
 
 import numpy as np
 
-from var_jax.data.arrays import HELD_OUT, open_arrays, open_digits
+from var_jax.data.arrays import open_arrays, open_digits
+from var_jax.data.files import SUFFIXES, digests, image_files  # noqa: F401, for those who list what sources read
+from var_jax.data.folders import open_folder
 from var_jax.data.images import read_image
 from var_jax.data.tokens import TokenSource
 from var_jax.errors import UserError, first_line
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
 SPLITS = ('train', 'validation')
-
-
-def image_files(folder):
-  """The image files in a folder and in folders within, in the order of their paths; hidden ones are left out."""
-  return sorted(p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and not p.name.startswith('.'))
+KINDS = ('digits', 'folder', 'arrays', 'tfds', 'tokens')
+NAMED = 10  # classes that a line about a set names
 
 
 def moved(config, place):
   """A config with its data elsewhere: 'PATH', or 'KIND:PATH' for another kind of data, such as folder:/data/photos."""
-  kind, _, path = place.rpartition(':')
+  kind, _, path = place.partition(':') if place.partition(':')[0] in KINDS else ('', '', place)
   config = config.copy_and_resolve_references().unlock()
   config.data.update(path=path, **({'source': kind} if kind else {}))
   return config.lock()
@@ -39,10 +38,9 @@ def open_source(kind, path=None, split='train', tokens=False):
   split: 'train' or 'validation'. tokens: whether 'tokens' will do in place of images. Raises UserError when kind or
   split is unknown, or path does not hold such data.
   """
-  kinds = {'digits': open_digits, 'folder': _open_folder, 'arrays': open_arrays, 'tfds': TfdsSource,
-           'tokens': TokenSource}
+  kinds = dict(zip(KINDS, (open_digits, open_folder, open_arrays, TfdsSource, TokenSource)))
   if kind not in kinds:
-    raise UserError(f'unknown kind of data {kind!r}: use one of {", ".join(kinds)}')
+    raise UserError(f'unknown kind of data {kind!r}: use one of {", ".join(KINDS)}')
   if kind == 'tokens' and not tokens:
     raise UserError(f'{path} holds tokens, but this needs images: say where those are, by --data=KIND:PATH to evaluate '
                     'or reconstruct, by --config.data.source=KIND --config.data.path=PATH to train')
@@ -60,19 +58,36 @@ def open_source(kind, path=None, split='train', tokens=False):
   return kinds[kind](str(path), split)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class FolderSource:
-  """Image files root/name, decoded when asked for; `source[i]` raises UnreadableImage for a broken one."""
-  root: str
-  names: tuple
-  labels: np.ndarray
-  class_names: tuple
+def identity(source):
+  """12 hexadecimal digits that tell the images, labels and class names of a source from others.
 
-  def __len__(self):
-    return len(self.names)
+  No image is decoded. The same images have the same digits on every machine and in every folder. Digits change when an
+  image is added, removed, renamed or written anew.
+  """
+  digest = hashlib.sha256(json.dumps([len(source), source.class_names]).encode())
+  for part in source.contents():
+    digest.update(part)
+  return digest.hexdigest()[:12]
 
-  def __getitem__(self, index):
-    return read_image(os.path.join(self.root, self.names[index])), int(self.labels[index])
+
+def summary(train, validation):
+  """What a set was read as, in some lines: images, sizes, classes, what was left out and why."""
+  names, sizes = train.class_names, train.sizes()
+  counts = np.bincount(train.labels, minlength=len(names)) if hasattr(train, 'labels') else [None] * len(names)
+  some = [name if count is None else f'{name} ({count:,})' for name, count in zip(names[:NAMED], counts)]
+  lines = [f'data: {len(train):,} images to train on, {len(validation):,} held out{_range(sizes)}',
+           f'{len(names):,} class{"es" * (len(names) > 1)}: {", ".join(some)}{", …" * (len(names) > NAMED)}']
+  if odd := [(label, name) for label, name in enumerate(names) if name.isdecimal() and name != str(label)]:
+    lines.append(f"the classes' names are numbers, but not their labels: {odd[0][1]} has the label {odd[0][0]}")
+  return '\n'.join([*lines, *train.notes])
+
+
+def _range(sizes):
+  """', of 32x32 pixels' of [(height, width)]."""
+  if not sizes:
+    return ''
+  least, most = (f'{height}x{width}' for height, width in (choose(sizes, key=np.prod) for choose in (min, max)))
+  return f', of {least} pixels' if least == most else f', of {least} to {most} pixels (height x width)'
 
 
 class TfdsSource:
@@ -97,6 +112,11 @@ class TfdsSource:
       self.class_names = tuple(features['label'].names)
       decoders = {'image': tfds.decode.SkipDecoding()}
       self._records = builder.as_data_source(split, decoders=decoders)
+      self._files = [str(file) for file in builder.info.splits[split].filepaths]
+      held_out = 'validation' if 'validation' in builder.info.splits else 'test'
+      parts = {'train', held_out} & set(builder.info.splits)
+      self.total = sum(builder.info.splits[part].num_examples for part in parts)
+      self.notes = (f'held out: the split {held_out!r}',)
     except Exception as error:  # tfds raises its own kinds for missing splits, features, shards and file formats
       raise UserError(f'cannot read split {split!r} of {path}: {first_line(error)}; it needs features image and label, '
                       'prepared with file_format array_record') from error
@@ -109,67 +129,11 @@ class TfdsSource:
     record = self._records[index]
     return read_image(record['image'], name=f'{index} of {self._name}'), int(record['label'])
 
+  def sizes(self):
+    return []
+
   def __reduce__(self):
     return TfdsSource, self._origin
 
-
-def _open_folder(path, split):
-  """path/train/CLASS/**/*.jpg, or path/CLASS/**/*.jpg; validation from path/val or path/validation, or held out."""
-  root = pathlib.Path(path)
-  if not root.is_dir():
-    raise UserError(f'{root} is a file: give a folder with train/CLASS/*.jpg or CLASS/*.jpg')
-  val_roots = [root / name for name in ('val', 'validation') if (root / name).is_dir()]
-  if val_roots and not (root / 'train').is_dir():
-    raise UserError(f'{val_roots[0]} has no train/ beside it: move the training images to {root / "train"}')
-  train_root = root / 'train' if (root / 'train').is_dir() else root
-  classes = _folders(train_root)
-  if not classes:
-    raise UserError(f'no class folders in {train_root}: sort the images into {train_root}/CLASS/*.jpg')
-  if val_roots and split == 'validation':
-    return _class_folders(val_roots[0], classes, train_root)
-  source = _class_folders(train_root, classes)
-  return source if val_roots else _hold_out(source, split)
-
-
-def _class_folders(root, classes, train_root=None):
-  """FolderSource of the images in root/CLASS; the classes must be those of train_root."""
-  if train_root and (odd := sorted(set(classes) ^ set(_folders(root)))):
-    raise UserError(f'{root} and {train_root} differ in classes ({", ".join(odd[:5])}): give both the same folders')
-  names, labels = [], []
-  for label, name in enumerate(classes):
-    images = sorted(_images(root, name))
-    if not images:
-      raise UserError(f'no images ({", ".join(SUFFIXES)}) in {root / name}: add some or remove the folder')
-    names += images
-    labels += [label] * len(images)
-  return FolderSource(str(root), tuple(names), np.array(labels, np.int32), tuple(classes))
-
-
-def _folders(root):
-  """Sorted names of the visible folders in root."""
-  with os.scandir(root) as entries:
-    return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
-
-
-def _images(root, name):
-  """Paths of the images below root/name, relative to root, with forward slashes; not the hidden ones macOS leaves."""
-  for folder, subfolders, files in os.walk(root / name):
-    subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith('.')]
-    for file in files:
-      if file.lower().endswith(SUFFIXES) and not file.startswith('.'):
-        yield pathlib.Path(folder, file).relative_to(root).as_posix()
-
-
-def _hold_out(source, split):
-  """One side of a split by the hash of names: 5 % of each class, at least one image, but never a class's only one."""
-  keep = np.zeros(len(source), bool)
-  for label in range(len(source.class_names)):
-    members = np.flatnonzero(source.labels == label)
-    ranked = sorted(members, key=lambda i: hashlib.blake2b(os.fsencode(source.names[i]), digest_size=8).digest())
-    held = min(max(1, round(HELD_OUT * len(members))), len(members) - 1)
-    keep[ranked[:held]] = True
-  keep = keep if split == 'validation' else ~keep
-  if not keep.any():
-    raise UserError(f'every class in {source.root} has one image, none can be held out: add more, or a val/ folder')
-  names = tuple(name for name, kept in zip(source.names, keep) if kept)
-  return FolderSource(source.root, names, source.labels[keep], source.class_names)
+  def contents(self):
+    yield from digests([os.path.join(self._origin[0], 'dataset_info.json'), *self._files])

@@ -14,8 +14,9 @@ import uuid
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from var_jax.data.files import digests
 from var_jax.data.images import UnreadableImage
-from var_jax.errors import UserError
+from var_jax.errors import UserError, first_line
 
 DESCRIPTION = 'tokens.json'
 PER_SHARD = 10_000  # images
@@ -27,6 +28,7 @@ class TokenSource:
   fingerprint: of the parameters of the tokenizer that made them; scales: of its pyramid. UserError for a folder that is
   not whole.
   """
+  notes = ()
 
   def __init__(self, path, split):
     from grain.sources import ArrayRecordDataSource
@@ -37,6 +39,7 @@ class TokenSource:
       self.scales = tuple(map(tuple, made['scales']))
       self._shape = made['crops'] if split == 'train' else 1, sum(height * width for height, width in self.scales)
       files = [pathlib.Path(path) / name for name in shard_names(split, made[split])]
+      self.total = made['train'] + made['validation']
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise UserError(f'cannot use {path} as tokens ({str(error) or type(error).__name__}): give a folder that '
                       '`var-jax tokenize` has made') from error
@@ -44,8 +47,9 @@ class TokenSource:
     if missing:
       raise UserError(f'{len(missing)} of {len(files)} files are missing in {path}, such as {missing[0]}: run '
                       '`var-jax tokenize` again, it goes on from there')
+    self._files = [str(file) for file in files]
     try:
-      self._records = ArrayRecordDataSource([str(file) for file in files])
+      self._records = ArrayRecordDataSource(self._files)
       if len(self._records) != made[split]:
         raise ValueError(f'they hold {len(self._records)} images and not {made[split]}')
       self[len(self) - 1]
@@ -57,9 +61,20 @@ class TokenSource:
     return len(self._records)
 
   def __getitem__(self, index):
-    record = self._records[index]
-    tokens_CxL = np.frombuffer(record, token_type(self._codes), offset=4).reshape(self._shape)
-    return tokens_CxL.astype(np.int32), int(np.frombuffer(record, np.int32, 1)[0])
+    try:
+      record = self._records[index]
+      tokens_CxL = np.frombuffer(record, token_type(self._codes), offset=4).reshape(self._shape)
+      return tokens_CxL.astype(np.int32), int(np.frombuffer(record, np.int32, 1)[0])
+    except (RuntimeError, ValueError) as error:  # array_record's, and of a record that is too short
+      file = self._files[min(index // PER_SHARD, len(self._files) - 1)]
+      raise UserError(f'{file} is damaged ({first_line(error)}): remove it and run `var-jax tokenize` again, which makes '
+                      'what is missing') from error
+
+  def sizes(self):
+    return []
+
+  def contents(self):
+    yield from digests([str(pathlib.Path(self._files[0]).with_name(DESCRIPTION)), *self._files])
 
 
 def token_type(codes):
@@ -73,7 +88,7 @@ def shard_names(split, images):
 
 
 def name_of(source):
-  """12 hexadecimal digits that tell a source of images from others: a hash over a few of them."""
+  """12 hexadecimal digits over three images: by them earlier commits told a source from others."""
   digest = hashlib.sha256()
   for index in (0, len(source) // 2, len(source) - 1):
     try:
@@ -95,6 +110,8 @@ def describe(folder, made):
     return
   try:
     old = json.loads(path.read_text())
+    if 'data' not in old:  # of an earlier commit
+      old['data'] = made['data']
     differing = [name for name in made if old[name] != made[name]]
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path} cannot be used ({error}): remove that folder, or use another --out') from error
