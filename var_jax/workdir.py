@@ -26,7 +26,7 @@ from var_jax.training.checkpoint import Checkpoints
 RUN_ONLY = (  # free to change when a run is resumed
     'log_every', 'eval_every', 'eval_images', 'pictures_every', 'checkpoint_every', 'keep', 'keep_every', 'best',
     'steps', 'epochs', 'max_skipped_in_row', 'measure.every', 'measure.per_class', 'measure.inception',
-    'measure.resize', 'data.workers', 'data.path', 'tokenizer', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'remat',
+    'measure.resize', 'data.workers', 'data.threads', 'data.path', 'tokenizer', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'remat',
     'attention')
 
 

@@ -13,10 +13,13 @@ import numpy as np
 
 from var_jax import progress
 from var_jax.data import pipeline
+from var_jax.data.unreadable import Unreadable
 from var_jax.errors import UserError, note
 from var_jax.training import mesh as mesh_lib
 from var_jax.training import metrics as metrics_lib
 from var_jax.training import processes
+
+PICTURES = 8  # held-out images that a stage's pictures show, spread over the classes
 
 
 class Interrupted(Exception):
@@ -45,9 +48,11 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
     elif metrics_lib.set_aside(workdir):
       say(f'no checkpoint in {workdir}: beginning at step 0; the metrics so far are now in metrics_before.jsonl')
     writer = metrics_lib.Writer(workdir, start)
-    batches = pipeline.train_batches(source, start=start, **_data_options(config, stage, mesh))
+    unreadable = Unreadable()
+    batches = pipeline.train_batches(
+        source, start=start, unreadable=unreadable, **_data_options(config, stage, mesh))
     best = _Best(config.best, writer, keep)
-    evaluate = _Evaluation(stage, config, validation, mesh, writer, measure, best)
+    evaluate = _Evaluation(stage, config, validation, mesh, writer, measure, best, unreadable)
     bar = progress.bar(title=stage.name, unit='step', total=stage.steps, initial=start, delay=0,
                        show=processes.is_first())
     try:
@@ -59,7 +64,8 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
       batches.close()
       writer.close()
       if batches.skipped:
-        say(f'{batches.skipped} of {batches.drawn} images drawn could not be read; their neighbours took their places')
+        say(f'{batches.skipped} of {source.total} images could not be read; the first: {unreadable.first}. In training '
+            'their neighbours took their places')
 
 
 def _first_state(stage, checkpoints, mesh):
@@ -75,7 +81,7 @@ def _data_options(config, stage, mesh):
   data, (index, count) = config.data, mesh_lib.process_part(mesh, config.batch_size)
   return dict(
       batch_size=config.batch_size, size=stage.image_size, seed=config.seed, enlarge=data.enlarge, flip=data.flip,
-      workers=data.workers, process_index=index, process_count=count)
+      workers=data.workers, threads=data.threads, process_index=index, process_count=count)
 
 
 def jitted_step(stage, state, mesh):
@@ -166,9 +172,9 @@ class _Best:
 class _Evaluation:
   """Scalars and pictures on held-out images, figures of samples, the best model. The batches are always the same."""
 
-  def __init__(self, stage, config, source, mesh, writer, measure, best):
+  def __init__(self, stage, config, source, mesh, writer, measure, best, unreadable):
     self.stage, self.config, self.source, self.mesh = stage, config, source, mesh
-    self.writer, self._measure, self._best = writer, measure, best
+    self.writer, self._measure, self._best, self._unreadable = writer, measure, best, unreadable
     self._step = jax.jit(stage.eval_step, out_shardings=mesh_lib.replicated(mesh))
 
   def at(self, state, step, due):
@@ -186,17 +192,19 @@ class _Evaluation:
     options = _data_options(self.config, self.stage, self.mesh)
     for name in ('seed', 'flip'):
       options.pop(name)
-    return pipeline.eval_batches(self.source, limit=limit, **options)
+    return pipeline.eval_batches(self.source, limit=limit, unreadable=self._unreadable, **options)
 
   def scalars(self, state, step):
     sums = None
     for batch in self._batches(self.config.eval_images or None):
       new = jax.tree.map(np.asarray, self._step(state, mesh_lib.put_batch(batch, self.mesh)))
       sums = new if sums is None else jax.tree.map(np.add, sums, new)
+    if not sums['images']:  # none could be read, which is no reason to end a run
+      return
     scalars = self.stage.summarize(sums)
     self.writer.scalars(step, {f'validation/{name}': value for name, value in scalars.items()})
 
   def pictures(self, state, step):
-    batch = next(iter(self._batches(self.config.batch_size)))
+    batch = next(self._batches(min(PICTURES, self.config.batch_size)))
     for name, picture in self.stage.pictures(state, mesh_lib.put_batch(batch, self.mesh)).items():
       self.writer.picture(step, name, picture)
