@@ -72,7 +72,7 @@ def test_workers_change_nothing():
   kw = dict(batch_size=4, size=(4, 4))
   source = Broken(7, [4, 5])
   workers = eval_batches(source, **kw, workers=2)
-  with pytest.raises(UserError, match='2 images .* of the 7 .*number 4, cannot read image 4.jpg: torn'):  # the reason crosses
+  with pytest.raises(UserError, match='2 images .* of the 7 .*number 4, cannot read image 4.jpg: torn'):  # it crosses
     list(workers)
 
 

@@ -232,7 +232,8 @@ class _EvalElement(grain.transforms.Map):
       return _element(self._source, index, self._size, self._enlarge) | {'mask': mask}
     except UnreadableImage:
       black = np.zeros((*self._size, 3), np.uint8)
-      return {'image': black, 'label': np.int32(0), 'skipped': np.int32(index + 1 if mask else 0), 'mask': np.float32(0)}
+      skipped = np.int32(index + 1 if mask else 0)
+      return {'image': black, 'label': np.int32(0), 'skipped': skipped, 'mask': np.float32(0)}
 
 
 def _readable(source, index, size, enlarge, rng=None, flip=False):
