@@ -1,10 +1,16 @@
-"""How fast the input pipeline delivers JPEGs, beside Pillow alone: rows of benchmark.py, which calls this."""
+"""How fast the input pipeline delivers JPEGs, beside Pillow alone: rows of benchmark.py, which calls this.
 
+By itself, how well threads hide the time that storage takes for an image, and the memory that this needs:
+python launch/benchmark_input.py --sleep=8 --threads=32
+"""
+
+import argparse
 import contextlib
 import multiprocessing
 import multiprocessing.pool
 import os
 import pathlib
+import resource
 import statistics
 import tempfile
 import time
@@ -18,6 +24,40 @@ from var_jax.data.sources import open_source
 SIZE, BATCH = (256, 256), 64
 PAUSE = 3  # seconds, in which the pipeline makes all that it makes ahead: 12 batches with two processes
 ENLARGED = 288  # of the published recipe, from which the crop is taken
+
+
+class Sleeping:
+  """A source of as many images as ImageNet that sleeps for some seconds before each, and decodes nothing."""
+  class_names = ('one',)
+
+  def __init__(self, seconds, count=1_281_167):
+    self.seconds, self.total = seconds, count
+
+  def __len__(self):
+    return self.total
+
+  def __getitem__(self, index):
+    time.sleep(self.seconds)
+    return np.full((*SIZE, 3), index % 256, np.uint8), 0
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--sleep', type=float, default=8, metavar='MS', help='of each image, milliseconds (default 8)')
+  parser.add_argument('--threads', type=int, default=32, metavar='N', help='see data.threads (default 32)')
+  parser.add_argument('--batch_size', type=int, default=768, metavar='N', help='default 768, of 256 px')
+  parser.add_argument('--repeats', type=int, default=5, metavar='N', help='stretches that are timed (default 5)')
+  parser.add_argument('--batches', type=int, default=10, metavar='N', help='batches of a stretch (default 10)')
+  options = parser.parse_args()
+  ideal = options.threads / options.sleep * 1000
+  made = train_batches(Sleeping(options.sleep / 1000), batch_size=options.batch_size, size=SIZE, seed=0, enlarge=1,
+                       threads=options.threads)
+  with contextlib.closing(made):
+    drop(made, 3)  # what was made ahead is used up
+    for _ in range(options.repeats):
+      rate = options.batches * options.batch_size / timed(lambda: drop(made, options.batches))
+      print(f'{rate:.0f} images/s, {rate / ideal:.0%} of the {ideal:.0f} that {options.threads} threads can sleep')
+  print(f'peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB')
 
 
 def rates(workers, repeats, count=4096, batches=16):
@@ -71,3 +111,7 @@ def plain(file):
   with Image.open(file) as image:
     large = image.convert('RGB').resize((ENLARGED, ENLARGED), Image.Resampling.LANCZOS)
     np.asarray(large.crop((16, 16, 16 + SIZE[1], 16 + SIZE[0])))
+
+
+if __name__ == '__main__':
+  main()

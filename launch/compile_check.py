@@ -123,7 +123,7 @@ def program(config, options, devices):
     state = jax.eval_shape(stage.init).replace(frozen=stage.frozen)
     state, B = mesh_lib.placed(state, mesh), config.batch_size
     place = mesh_lib.split(mesh)
-    batch = {'image': jax.ShapeDtypeStruct((B, *stage.image_size, 3), jnp.float32, sharding=place),
+    batch = {'image': jax.ShapeDtypeStruct((B, *stage.image_size, 3), jnp.uint8, sharding=place),
              'label': jax.ShapeDtypeStruct((B,), jnp.int32, sharding=place)}
     stop = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=mesh_lib.per_device(mesh))
     traced = loop.jitted_step(stage, state, mesh).trace(state, batch, stop)

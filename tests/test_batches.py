@@ -1,15 +1,16 @@
 """Batches: every image once an epoch, whatever the processes and workers; unreadable images."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 from tiny_images import Broken, assert_same, noise, numbered, take
 
 from var_jax.data.arrays import ArraySource
-from var_jax.data.images import to_uint8
 from var_jax.data.pipeline import eval_batches, train_batches
 from var_jax.data.sources import open_source
+from var_jax.data.unreadable import Unreadable
 from var_jax.errors import UserError
 
 KW = dict(batch_size=6, size=(4, 4), seed=3)
@@ -36,12 +37,12 @@ def test_processes_together_see_what_one_sees():
     assert_same(joined, whole)
 
 
-def test_batches_are_floats_and_int32():
+def test_batches_are_bytes_and_int32():
   batch, = take(train_batches(open_source('digits'), **KW), 1)
   assert batch.keys() == {'image', 'label'}
-  assert batch['image'].shape == (6, 4, 4, 3) and batch['image'].dtype == np.float32
+  assert batch['image'].shape == (6, 4, 4, 3) and batch['image'].dtype == np.uint8
   assert batch['label'].shape == (6,) and batch['label'].dtype == np.int32
-  assert -1 <= batch['image'].min() < -0.5 < 0.5 < batch['image'].max() <= 1
+  assert batch['image'].min() < 64 < 192 < batch['image'].max()
   assert type(batch['image']) is np.ndarray
 
 
@@ -69,9 +70,9 @@ def test_workers_change_nothing():
   source = open_source('digits')
   assert_same(take(train_batches(source, **KW, workers=2, start=3), 5), take(train_batches(source, **KW, start=3), 5))
   kw = dict(batch_size=4, size=(4, 4))
-  source = Broken(7, [5])
+  source = Broken(7, [4, 5])
   workers = eval_batches(source, **kw, workers=2)
-  with pytest.raises(UserError, match='1 of 7 .*number 5, cannot read image 5.jpg: torn'):  # the reason crosses too
+  with pytest.raises(UserError, match='2 images .* of the 7 .*number 4, cannot read image 4.jpg: torn'):  # it crosses
     list(workers)
 
 
@@ -83,12 +84,12 @@ def test_evaluation_goes_once_through_the_source_and_masks_the_rest(processes):
     label, mask, image = (np.concatenate([share[b][name] for b in range(len(shares[0])) for share in shares])
                           for name in ('label', 'mask', 'image'))
     assert mask.dtype == np.float32
-    np.testing.assert_array_equal(to_uint8(image)[:, 0, 0, 0], label)
+    np.testing.assert_array_equal(image[:, 0, 0, 0], label)
     return label.tolist(), mask.tolist()
   label, mask = run(None)
   assert label[:10] == list(range(10)) and mask == [1] * 10 + [0] * 2
   label, mask = run(5)
-  assert label[:5] == list(range(5)) and mask == [1] * 5 + [0] * 3 and set(label) == set(range(5))
+  assert label[:5] == [1, 3, 5, 7, 9] and mask == [1] * 5 + [0] * 3 and set(label) == {1, 3, 5, 7, 9}
 
 
 def test_a_few_unreadable_images_are_replaced_and_counted():
@@ -101,15 +102,71 @@ def test_a_few_unreadable_images_are_replaced_and_counted():
 
 
 def test_too_many_unreadable_images_are_an_error_with_name_and_reason():
-  batches = train_batches(Broken(20, [7]), batch_size=20, size=(4, 4), seed=0)
-  with pytest.raises(UserError, match=r'1 of 20 .* more than 1% of 20; .*number 7, cannot read image 7.jpg: torn'):
+  batches = train_batches(Broken(20, [7, 9]), batch_size=20, size=(4, 4), seed=0)
+  with pytest.raises(UserError, match=r'2 images .* 1% of the 20 .*number [79], cannot read image [79].jpg: torn'):
     next(batches)
   batches = eval_batches(Broken(1000, range(11)), batch_size=50, size=(4, 4))
-  with pytest.raises(UserError, match='11 of 50'):
+  with pytest.raises(UserError, match='11 images are unreadable'):
     next(batches)
-  batches = eval_batches(Broken(300, range(300)), batch_size=2, size=(4, 4))
-  with pytest.raises(UserError, match='100 images in a row .* image 0.jpg: torn'):
+  batches = train_batches(Broken(300, range(300)), batch_size=2, size=(4, 4), seed=0)
+  with pytest.raises(UserError, match='100 images in a row .* image [0-9]+.jpg: torn'):
     next(batches)
+
+
+def test_an_unreadable_image_is_masked_in_an_evaluation_and_stops_none():
+  batches = eval_batches(Broken(100, [12]), batch_size=4, size=(4, 4), limit=4)  # 12, 37, 62 and 87
+  batch, = batches
+  assert batch['mask'].tolist() == [0, 1, 1, 1] and batch['label'][1:].tolist() == [37, 62, 87]
+  assert not batch['image'][0].any() and batches.skipped == 1
+  assert batches.unreadable.first == 'number 12, cannot read image 12.jpg: torn'
+
+
+def test_a_file_met_in_every_epoch_counts_once():
+  batches = train_batches(Broken(10, [7]), batch_size=10, size=(4, 4), seed=0)
+  take(batches, 20)
+  assert (batches.skipped, batches.drawn) == (1, 200)
+
+
+def test_the_limit_is_on_the_files_of_both_parts():
+  train, held_out, together = Broken(190, [3]), Broken(10, [3]), Unreadable()
+  train.total = held_out.total = 200  # of which 2 may be unreadable
+  list(eval_batches(held_out, batch_size=10, size=(4, 4), unreadable=together))
+  kw = dict(batch_size=190, size=(4, 4), seed=0, unreadable=together)
+  take(train_batches(train, **kw), 2)
+  list(eval_batches(held_out, batch_size=10, size=(4, 4), unreadable=together))
+  assert len(together) == 2
+  train.bad.add(5)
+  batches = train_batches(train, **kw)
+  with pytest.raises(UserError, match='3 images .* of the 200 .*number 3, '):
+    take(batches, 2)
+
+
+class Slow:
+  """A source that counts how many read from it at a time."""
+  class_names, total = ('a',), 10_000
+
+  def __init__(self):
+    self.now = self.most = 0
+    self.lock = threading.Lock()
+
+  def __len__(self):
+    return self.total
+
+  def __getitem__(self, index):
+    with self.lock:
+      self.now += 1
+      self.most = max(self.most, self.now)
+    time.sleep(0.01)
+    with self.lock:
+      self.now -= 1
+    return np.zeros((256, 256, 3), np.uint8), 0
+
+
+@pytest.mark.parametrize('threads, least', [(0, 12), (32, 24)])
+def test_a_large_batch_is_read_by_many_threads(threads, least):
+  source = Slow()
+  take(train_batches(source, batch_size=768, size=(256, 256), seed=0, enlarge=1, threads=threads), 1)
+  assert least <= source.most <= (threads or 64)
 
 
 def test_masked_rows_are_not_counted():

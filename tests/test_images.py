@@ -3,12 +3,15 @@
 import io
 import pickle
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 from tiny_images import RED, encoded, noise, png_with_header
 
 from var_jax.data import images
+from var_jax.data.floats import floats
 from var_jax.data.images import UnreadableImage, fit, read_image, read_mask, to_float, to_uint8
 from var_jax.errors import UserError
 
@@ -239,6 +242,14 @@ def test_half_of_the_images_are_mirrored():
   assert all(flipped or (one == image).all() for flipped, one in zip(mirrored, seen))
   assert 70 < sum(mirrored) < 130
   assert (fit(image, (8, 8), enlarge=1, flip=True) == image).all()
+
+
+@pytest.mark.parametrize('level', [0, 3])
+def test_a_compiled_step_makes_the_floats_of_numpy(level):
+  values = np.arange(256, dtype=np.uint8)
+  compiled = jax.jit(lambda x: floats(x) * 1).lower(values).compile({'xla_backend_optimization_level': level})
+  np.testing.assert_array_equal(compiled(values), to_float(values))
+  assert floats(jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16  # what is no byte stays
 
 
 def test_bytes_survive_the_way_to_floats_and_back():

@@ -45,7 +45,8 @@ class Broken:
   class_names = ('a',)
 
   def __init__(self, count, bad):
-    self.count, self.bad = count, set(bad)
+    self.count = self.total = count
+    self.bad = set(bad)
 
   def __len__(self):
     return self.count

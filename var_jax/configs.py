@@ -25,6 +25,7 @@ def _common(stage):
           enlarge=1.125,     # resize to this many times the image's size, then crop at random; 1 to take the whole
           flip=False,
           workers=0,         # processes that decode images; 0 decodes in threads of the main process
+          threads=0,         # how many threads; 0 for one a core, 16 to 64
       ),
       batch_size=768,        # images per step, over all devices
       accumulate=1,          # slices of a batch that are computed one after the other

@@ -12,7 +12,8 @@ from var_jax.commands import flags, output
 from var_jax.commands.train import check_numbers
 from var_jax.data import pipeline, tokens
 from var_jax.data.sources import SPLITS, identity, open_source
-from var_jax.errors import UserError, note
+from var_jax.data.unreadable import Unreadable
+from var_jax.errors import note
 
 EXAMPLE = ('var-jax tokenize --config=experiments/digits.py:generator --workdir=runs/digits/tokenizer '
            '--out=runs/digits/tokens --crops=8\n  then: var-jax train --config=experiments/digits.py:generator '
@@ -75,20 +76,18 @@ def files_of(sources, out):
 
 def write(model, sources, files, config, options):
   """Encodes the images of some files. UserError when too many cannot be read."""
-  count, skipped = sum(len(images) for _, images, _ in files), 0
+  count, unreadable = sum(len(images) for _, images, _ in files), Unreadable()
   with progress.bar(title='images', unit='image', show=jax.process_index() == 0, total=count) as bar:
     for split, images, path in files:
       crops = options.crops if split == 'train' else 0
       with contextlib.closing(pipeline.crop_batches(
           sources[split], batch_size=options.batch_size, size=model.tokenizer.image_size, seed=config.seed,
           images=images, crops=crops, enlarge=config.data.enlarge, flip=config.data.flip,
-          workers=config.data.workers)) as batches:
+          workers=config.data.workers, threads=config.data.threads, unreadable=unreadable)) as batches:
         tokens.write_shard(path, encoded(model, batches, max(crops, 1), bar), model.tokenizer.codes)
-      skipped += batches.skipped / max(crops, 1)
-      if skipped > max(1, pipeline.MAX_SHARE * count):
-        raise UserError(f'more than {pipeline.MAX_SHARE:.0%} of the images cannot be read: look at the data')
-  if skipped:
-    note(f'{round(skipped)} images could not be read; their neighbours took their places')
+  if unreadable:
+    note(f'{len(unreadable)} images could not be read; their neighbours took their places; the first: '
+         f'{unreadable.first}')
 
 
 def encoded(model, batches, crops, bar):

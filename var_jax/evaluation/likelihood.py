@@ -6,7 +6,9 @@ import jax
 import numpy as np
 
 from var_jax.data import pipeline
+from var_jax.data.floats import floats
 from var_jax.data.sources import open_source
+from var_jax.errors import UserError
 from var_jax.generator import losses
 from var_jax.training import mesh as mesh_lib
 
@@ -19,7 +21,7 @@ def figures(model, config, batch_size=64):
   @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(model.mesh))
   def means(params, images, labels, mask):
     variables = {'params': params['tokenizer']}
-    tokens = tokenizer.apply(variables, images, method='encode')
+    tokens = tokenizer.apply(variables, floats(images), method='encode')
     teacher = tokenizer.apply(variables, tokens, method='teacher_input')
     logits = generator.apply({'params': params['generator']}, labels, teacher)
     return losses.summarize(logits, tokens, generator.pyramid, mask)
@@ -37,6 +39,8 @@ def figures(model, config, batch_size=64):
       sums[name] = sums.get(name, 0.0) + float(value) * count
     images += count
   batches.close()
+  if not images:
+    raise UserError(f'none of the {len(source)} held-out images can be read; the first: {batches.unreadable.first}')
   names = {name: name.replace('loss', 'validation_loss').replace('accuracy', 'validation_accuracy').replace('/', '_')
            for name in sums if not name.endswith('last')}
   return {'validation_images': int(images)} | {names[name]: float(np.float64(sums[name]) / images) for name in names}

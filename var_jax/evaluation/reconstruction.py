@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from var_jax.data import pipeline
-from var_jax.data.images import to_uint8
 from var_jax.data.sources import open_source
+from var_jax.errors import UserError
 from var_jax.evaluation import fid
 from var_jax.tokenizer import lpips
 from var_jax.tokenizer.losses import codebook_use
@@ -25,8 +25,10 @@ def figures(model, config, *, batch_size=64, extractor=None, lpips_params=None):
   batches = pipeline.eval_batches(
       source, batch_size=batch_size, size=model.tokenizer.image_size, enlarge=config.data.enlarge)
   for batch in batches:
-    count = int(batch['mask'].sum())
-    images = to_uint8(batch['image'][:count])
+    images = batch['image'][batch['mask'] > 0]
+    count = len(images)
+    if not count:  # none of them could be read
+      continue
     tokens = model.encode(images, batch_size=batch_size)
     drawn = model.decode(tokens, batch_size=batch_size)
     off = drawn.astype(np.float64) - images
@@ -41,6 +43,8 @@ def figures(model, config, *, batch_size=64, extractor=None, lpips_params=None):
     for k, part in enumerate(pyramid.split(tokens)):
       counts_KxV[k] += np.bincount(part.ravel(), minlength=model.tokenizer.codes)
   batches.close()
+  if not rows:
+    raise UserError(f'none of the {len(source)} held-out images can be read; the first: {batches.unreadable.first}')
   result = {'images': len(rows['psnr'])} | {name: float(np.mean(values)) for name, values in rows.items()}
   if gathered:
     result['rfid'] = fid.compare(*(kept.result() for kept in gathered[::-1]))['fid']

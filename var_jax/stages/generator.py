@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from var_jax import axes, pictures
+from var_jax.data.floats import floats
 from var_jax.data.images import to_uint8
 from var_jax.errors import UserError
 from var_jax.generator import losses, sampling
@@ -55,7 +56,7 @@ class GeneratorStage:
     variables = {'params': state.frozen['tokenizer']}
     tokens_BxL = batch.get('tokens')
     if tokens_BxL is None:
-      tokens_BxL = self.tokenizer.apply(variables, batch['image'], method='encode')
+      tokens_BxL = self.tokenizer.apply(variables, floats(batch['image']), method='encode')
     teacher_BxMxC = self.tokenizer.apply(variables, tokens_BxL, method='teacher_input')
     return {'label': batch['label'], 'tokens': tokens_BxL, 'teacher': teacher_BxMxC}
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 
 from var_jax import axes, pictures
+from var_jax.data.floats import floats
 from var_jax.data.images import to_uint8
 from var_jax.tokenizer import losses, lpips
 from var_jax.tokenizer.discriminator import PatchDiscriminator
@@ -62,14 +63,14 @@ class TokenizerStage:
     state, more = state.updated(
         grads['model'], self.optimizer, ema_decay=self.config.ema, extra=extra, norm=optax.tree.norm(grads))
     if every := self.config.codebook.restart_every:
-      check = lambda s: self._restart_dead_codes(s, batch['image'], jax.random.fold_in(key, 2))
+      check = lambda s: self._restart_dead_codes(s, floats(batch['image']), jax.random.fold_in(key, 2))
       due = (state.step % every == 0) & (state.skipped_in_row == 0)
       state = jax.lax.cond(due, check, lambda s: s, state)
     return state, metrics | more
 
   def _loss(self, params, batch, key, frozen, step):
     """A scalar whose gradient is the one wanted (not the loss itself, which is among the metrics), and metrics."""
-    weights, images = self.config.loss, batch['image']
+    weights, images = self.config.loss, floats(batch['image'])
     kept_B = self._kept_scales(jax.random.fold_in(key, 1), len(images))
     out = self.tokenizer.apply({'params': params['model']}, images, kept_B, train=True, rngs={'dropout': key})
     drawn = jax.lax.stop_gradient(out.image_BxHxWx3)
@@ -143,14 +144,14 @@ class TokenizerStage:
 
   def eval_step(self, state, batch):
     """Sums over the images of a batch: errors, and how often each code is used at each scale (K, V)."""
-    tokenizer, mask_B = self.tokenizer, batch['mask']
-    out = tokenizer.apply({'params': state.model}, batch['image'])
+    tokenizer, mask_B, images = self.tokenizer, batch['mask'], floats(batch['image'])
+    out = tokenizer.apply({'params': state.model}, images)
     image = jnp.clip(out.image_BxHxWx3, -1, 1)
-    sums = {'images': mask_B.sum(), 'psnr': jnp.sum(losses.psnr(image, batch['image']) * mask_B)}
-    sums['l1'] = jnp.sum(jnp.abs(image - batch['image']).mean((1, 2, 3)) * mask_B)
-    sums['l2'] = jnp.sum(((image - batch['image']) ** 2).mean((1, 2, 3)) * mask_B)
+    sums = {'images': mask_B.sum(), 'psnr': jnp.sum(losses.psnr(image, images) * mask_B)}
+    sums['l1'] = jnp.sum(jnp.abs(image - images).mean((1, 2, 3)) * mask_B)
+    sums['l2'] = jnp.sum(((image - images) ** 2).mean((1, 2, 3)) * mask_B)
     if self.config.loss.lpips:
-      sums['lpips'] = jnp.sum(lpips.distance(state.frozen['lpips'], image, batch['image']) * mask_B)
+      sums['lpips'] = jnp.sum(lpips.distance(state.frozen['lpips'], image, images) * mask_B)
     counts = [
         jnp.zeros(tokenizer.codes).at[tokens].add(jnp.broadcast_to(mask_B[:, None], tokens.shape))
         for tokens in tokenizer.pyramid.split(out.quantized.tokens_BxL)]
@@ -167,9 +168,10 @@ class TokenizerStage:
   def pictures(self, state, batch):
     """Rows of held-out images: the image, then what the first 1, 2, … K scales give."""
     def tiles(params, images):
-      tokens = self.tokenizer.apply({'params': params}, images[:8], method='encode')
+      images = floats(images[:8])
+      tokens = self.tokenizer.apply({'params': params}, images, method='encode')
       scales = self.tokenizer.apply({'params': params}, tokens, method='decode_every_scale')
-      return jnp.concatenate([images[:8, None], scales], axis=1)
+      return jnp.concatenate([images[:, None], scales], axis=1)
 
     drawn = jax.jit(tiles, out_shardings=axes.everywhere())(state.model, batch['image'])
     return {'reconstructions': pictures.grid(to_uint8(drawn))}

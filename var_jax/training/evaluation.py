@@ -9,8 +9,11 @@ import numpy as np
 
 from var_jax import progress
 from var_jax.data import pipeline
+from var_jax.errors import note
 from var_jax.training import mesh as mesh_lib
 from var_jax.training import processes
+
+PICTURES = 8  # held-out images that a stage's pictures show, spread over the classes
 
 
 def data_options(config, stage, mesh):
@@ -18,20 +21,22 @@ def data_options(config, stage, mesh):
   data, (index, count) = config.data, mesh_lib.process_part(mesh, config.batch_size)
   return dict(
       batch_size=config.batch_size, size=stage.image_size, seed=config.seed, enlarge=data.enlarge, flip=data.flip,
-      workers=data.workers, process_index=index, process_count=count)
+      workers=data.workers, threads=data.threads, process_index=index, process_count=count)
 
 
 class Evaluation:
   """What is due beside the steps, each part once a step. The held-out batches are always the same.
 
   A part is done once its result is written: a run that was ended within an evaluation goes on with what is left of it.
-  start: the step that the run begins with; stop: receives the numbers of signals, see `processes.stop_requests`.
+  unreadable: the `Unreadable` of the run; start: the step that it begins with; stop: receives the numbers of signals,
+  see `processes.stop_requests`.
   """
 
   TELLING = {'scalars': 'evaluating', 'pictures': 'drawing pictures', 'figures': 'measuring samples'}
 
-  def __init__(self, stage, config, source, mesh, writer, measure, best, stop, start):
+  def __init__(self, stage, config, source, unreadable, mesh, writer, measure, best, stop, start):
     self._stage, self._config, self._source, self._mesh = stage, config, source, mesh
+    self._unreadable = unreadable
     self._writer, self._measure, self._best, self._stop = writer, measure, best, stop
     step = lambda state, batch, stop: (stage.eval_step(state, batch), jnp.max(stop))
     self._step = jax.jit(step, out_shardings=mesh_lib.replicated(mesh))
@@ -63,7 +68,8 @@ class Evaluation:
     options = data_options(self._config, self._stage, self._mesh)
     for name in ('seed', 'flip'):
       options.pop(name)
-    return contextlib.closing(pipeline.eval_batches(self._source, limit=limit, **options))
+    return contextlib.closing(pipeline.eval_batches(
+        self._source, limit=limit, unreadable=self._unreadable, **options))
 
   def _scalars(self, state, step):
     images, size, sums = self._config.eval_images or len(self._source), self._config.batch_size, None
@@ -77,11 +83,14 @@ class Evaluation:
           return int(asked)
         sums = new if sums is None else jax.tree.map(np.add, sums, new)
         bar.update()
+    if not sums['images']:
+      note(f'none of the held-out images can be read, so step {step} has no figures of them')
+      return
     scalars = self._stage.summarize(sums)
     self._writer.scalars(step, {f'validation/{name}': value for name, value in scalars.items()})
 
   def _pictures(self, state, step):
-    with self._batches(self._config.batch_size) as batches:
+    with self._batches(min(PICTURES, self._config.batch_size)) as batches:
       batch = mesh_lib.put_batch(next(batches), self._mesh)
     for name, picture in self._stage.pictures(state, batch).items():
       self._writer.picture(step, name, picture)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from var_jax import axes, progress, signals
 from var_jax.data import pipeline
+from var_jax.data.unreadable import Unreadable
 from var_jax.errors import UserError, note
 from var_jax.training import mesh as mesh_lib
 from var_jax.training import metrics as metrics_lib
@@ -51,9 +52,11 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
       elif metrics_lib.set_aside(workdir):
         say(f'no checkpoint in {workdir}: beginning at step 0; the metrics so far are now in metrics_before.jsonl')
       writer = metrics_lib.Writer(workdir, start)
-      batches = pipeline.train_batches(source, start=start, **data_options(config, stage, mesh))
+      unreadable = Unreadable()
+      batches = pipeline.train_batches(
+          source, start=start, unreadable=unreadable, **data_options(config, stage, mesh))
       best = Best(config.best, writer, keep, start)
-      evaluation = Evaluation(stage, config, validation, mesh, writer, measure, best, stop, start)
+      evaluation = Evaluation(stage, config, validation, unreadable, mesh, writer, measure, best, stop, start)
       bar = progress.bar(title=stage.name, unit='step', total=stage.steps, initial=start, delay=0,
                          show=processes.is_first())
       try:
@@ -66,8 +69,8 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
         batches.close()
         writer.close()
         if batches.skipped:
-          say(f'{batches.skipped} of {batches.drawn} images drawn could not be read; their neighbours took their '
-              'places')
+          say(f'{batches.skipped} of {source.total} images could not be read; the first: {unreadable.first}. In '
+              'training their neighbours took their places')
 
 
 def _first_state(stage, checkpoints, mesh):
