@@ -24,6 +24,8 @@ from var_jax.errors import UserError
 
 THREADS = 16, 64         # the fewest and most that are chosen by itself; a photo of 12 megapixels takes 36 MB in each
 BYTES_AHEAD = 2**29      # of images that wait to become batches
+MOST_IN_A_PIECE = 16     # images that a thread makes at a time: grain spends as long on a piece as on an image
+PIECE_BYTES = 2**21
 MAX_IN_A_ROW = 100       # unreadable images before giving up
 
 
@@ -148,9 +150,9 @@ class Batches:
 def _parallel(rows, count, whole, image_bytes, workers, threads):
   """Grain iterator dataset that makes batches ahead, in order: in `workers` processes, or in threads for 0.
 
-  Threads make an image at a time, so that a large batch is made by as many as a small one. Memory is that of two
-  batches of images (BYTES_AHEAD at most, but one for each thread), of the batch itself, and of what each thread
-  decodes. whole: leaves out a last batch with fewer rows.
+  Threads make some images at a time, a piece of a batch, so that a large batch is made by as many as a small one. Memory
+  is that of two batches of images (BYTES_AHEAD at most, but a piece for each thread), of the batch itself, and of what
+  each thread decodes. whole: leaves out a last batch with fewer rows.
   """
   if workers:
     # A worker makes one batch after the other and keeps two ready; batches are dealt to the workers in turn.
@@ -161,9 +163,20 @@ def _parallel(rows, count, whole, image_bytes, workers, threads):
     batches = rows.batch(count, drop_remainder=whole)
     return batches.to_iter_dataset(read).mp_prefetch(dealt, worker_init_fn=_start_worker)
   threads = threads or min(max(os.cpu_count() or 1, THREADS[0]), THREADS[1])
-  ahead = max(threads, min(2 * count, BYTES_AHEAD // image_bytes))
-  elements = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
-  return elements.batch(count, drop_remainder=whole)
+  piece = max(n for n in range(1, min(count, MOST_IN_A_PIECE) + 1) if count % n == 0 and n * image_bytes <= PIECE_BYTES
+              or n == 1)
+  ahead = max(threads, min(2 * count, BYTES_AHEAD // image_bytes) // piece)
+  pieces = rows.batch(piece, drop_remainder=whole, batch_fn=_stacked)
+  pieces = pieces.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+  return pieces.batch(count // piece, drop_remainder=whole, batch_fn=_joined)
+
+
+def _stacked(elements):
+  return {name: np.stack([element[name] for element in elements]) for name in elements[0]}
+
+
+def _joined(pieces):
+  return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _start_worker(index, count):
