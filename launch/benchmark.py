@@ -12,6 +12,7 @@ shows the time of a sample against resolution and batch.
 
 if __name__ == '__main__':
   import environment  # noqa: F401, finds var_jax
+
   from var_jax.commands import script
   script.stop_at_once()
   script.with_huge_pages()

@@ -9,6 +9,7 @@ torch.compile is left out. Needs PyTorch: pip install 'var_jax[torch]'
 
 if __name__ == '__main__':
   import environment  # noqa: F401, finds var_jax
+
   from var_jax.commands import script
   script.stop_at_once()
   script.with_huge_pages()

@@ -9,6 +9,7 @@ built for them and no more.
 
 if __name__ == '__main__':
   import environment  # noqa: F401, finds var_jax
+
   from var_jax.commands import script
   script.stop_at_once()
 

@@ -8,6 +8,7 @@ metric.
 
 if __name__ == '__main__':
   import environment  # noqa: F401, finds var_jax
+
   from var_jax.commands import script
   script.stop_at_once()
 

@@ -229,6 +229,14 @@ EXPERIMENTS = {
         'from var_jax import configs\n\n\ndef get_config(argument):\n  config = configs.tokenizer()\n'
         '  config.optimizer.lock()\n  config.optimizer.peak_rl = 1\n  return config\n', 'peak_rl'),
     'empty': ('', 'get_config'),
+    'of_no_stage': (
+        'from var_jax import configs\n\n\ndef get_config(argument):\n  config = configs.tokenizer()\n'
+        '  config.stage = "video"\n  return config\n', 'tokenizer or generator'),
+    'that_lacks_settings': (
+        'from var_jax import configs\n\n\ndef get_config(argument):\n  config = configs.tokenizer()\n'
+        '  del config.optimizer.clip\n  return config\n', 'without optimizer.clip'),
+    'that_leaves': ('import sys\n\n\ndef get_config(argument):\n  sys.exit(3)\n', 'SystemExit'),
+    'with_a_nul_byte': ('x = "\0"\n', 'bad.py'),
 }
 
 

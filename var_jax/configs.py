@@ -11,7 +11,6 @@ import ml_collections
 
 from var_jax.errors import UserError
 
-
 WORDS = {'': True, 'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 
 

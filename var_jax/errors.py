@@ -8,7 +8,7 @@ class UserError(Exception):
   """Bad input: one line that says what is wrong and what to do. The command line prints it and exits with status 2."""
 
   def __init__(self, message):
-    super().__init__(' '.join(message.splitlines()))  # a path or a value within may have line breaks
+    super().__init__(' '.join(str(message).splitlines()))  # a path or a value within may have line breaks
 
 
 def first_line(error):

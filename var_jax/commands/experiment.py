@@ -30,8 +30,7 @@ def read_config(path, overrides):
     raise UserError(f'{file} has no get_config(argument): see experiments/digits.py for one')
   with running(module.__file__):
     config = module.get_config(*([argument] if colon else []))
-  if not isinstance(config, ml_collections.ConfigDict) or 'stage' not in config:
-    raise UserError(f'get_config in {file} gives no config: start from configs.tokenizer() or configs.generator()')
+  _check_whole(config, file)
   return with_overrides(config, overrides)
 
 
@@ -49,6 +48,15 @@ def with_overrides(config, overrides):
         except UserError as error:
           raise UserError(f'{PREFIX}{name}: {error}') from None
   return config
+
+
+def _check_whole(config, file):
+  """Raises UserError unless a config has all settings of its stage."""
+  start = 'start from configs.tokenizer() or configs.generator()'
+  if not isinstance(config, ml_collections.ConfigDict) or config.get('stage') not in ('tokenizer', 'generator'):
+    raise UserError(f'get_config in {file} gives no config of a tokenizer or generator: {start}')
+  if missing := [name for name in _names(getattr(configs, config.stage)()) if _place(config, name)[0] is None]:
+    raise UserError(f'get_config in {file} gives a config without {missing[0]}: {start}')
 
 
 def find(file):
