@@ -168,6 +168,14 @@ def test_workdir_alone_resumes_and_says_what_changes(tmp_path_factory, tmp_path,
   assert 'accumulate' in capfd.readouterr().err  # what may change is listed
 
 
+def test_stored_settings_come_back_as_they_were(tmp_path):
+  """Of the kind that they had, also scales that are pairs."""
+  config = tiny_config('tokenizer', **{'model.scales': ((1, 1), (1, 2), (2, 4)), 'image_size': (4, 8)})
+  workdir_lib.write_config(tmp_path, config)
+  assert workdir_lib.read_config(tmp_path).to_dict() == config.to_dict()
+  assert workdir_lib.check_config(tmp_path, config) == []
+
+
 EVERY_TWO = dict(eval_every=2, pictures_every=2, checkpoint_every=2)
 
 

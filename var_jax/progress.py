@@ -21,8 +21,8 @@ def bar(things=None, *, title, unit, total=None, initial=0, delay=SLOW, show=Tru
 class Bar(tqdm.tqdm):
   """A tqdm bar that leaves pauses out of its rate and of the time left."""
 
-  def __init__(self, things, **options):
-    super().__init__(things, mininterval=0.5, dynamic_ncols=True, leave=None, **options)
+  def __init__(self, things, mininterval=0.5, **options):
+    super().__init__(things, mininterval=mininterval, dynamic_ncols=True, leave=None, **options)
 
   @contextlib.contextmanager
   def doing(self, what, after=SLOW):
@@ -49,27 +49,22 @@ class _Lines(Bar):
   FORMAT = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
 
   def __init__(self, things, **options):
-    super().__init__(things, bar_format=self.FORMAT, **options)
-
-  def __iter__(self):
-    with contextlib.closing(self):
-      for thing in self.iterable:
-        yield thing
-        self.update()
+    self.shown = False
+    super().__init__(things, mininterval=30, bar_format=self.FORMAT, **options)
 
   @staticmethod
   def status_printer(file):
     return lambda line: line and print(line, file=file, flush=True)
 
   def display(self, *arguments, **options):
-    self.mininterval = 30  # after the first line, which comes soon
+    self.shown = True
     return super().display(*arguments, **options)
 
   def moveto(self, n):
     pass  # a line stays where it is
 
   def close(self):
-    if not self.disable and time.time() - self.start_t >= self.delay:
+    if not self.disable and self.shown:
       self.display()
     self.leave, self.delay = False, float('inf')  # nothing is left to be cleared
     super().close()

@@ -81,7 +81,7 @@ def _alike(value, default, name):
   """A stored value, of the kind of its default: a number, a text, a truth or a tuple of numbers, or of such."""
   kind, number = type(default), type(value) in (int, float)
   if kind is tuple and isinstance(value, list):
-    return tuple(_alike(x, () if isinstance(x, list) else default[0], name) for x in value)
+    return tuple(_alike(x, default if isinstance(x, list) else default[0], name) for x in value)
   if kind is float and number and abs(value) <= sys.float_info.max:
     return float(value)
   if type(value) is not kind or number and abs(value) >= 2**63:
