@@ -27,9 +27,12 @@ class Pyramid:
   def of(cls, scales):
     """From a sequence of sizes, each a number (square) or a (height, width) pair. Raises UserError on nonsense."""
     try:
-      pairs = tuple((int(s), int(s)) if np.ndim(s) == 0 else (int(s[0]), int(s[1])) for s in scales)
-    except (TypeError, ValueError, IndexError):
-      raise UserError(f'scales must be numbers or (height, width) pairs, not {scales!r}') from None
+      given = tuple((s, s) if np.ndim(s) == 0 else tuple(s) for s in scales)
+      pairs = tuple((int(height), int(width)) for height, width in given)
+      if pairs != given:
+        raise ValueError('a part of a token')
+    except (TypeError, ValueError, OverflowError):
+      raise UserError(f'scales must be whole numbers or (height, width) pairs, not {scales!r}') from None
     if not pairs or min(min(pair) for pair in pairs) < 1:
       raise UserError(f'scales must be at least 1x1 and there must be one, not {scales!r}')
     if any(a[0] > b[0] or a[1] > b[1] for a, b in zip(pairs, pairs[1:])):
