@@ -239,3 +239,19 @@ def test_bfloat16_is_for_activations_alone(kind):
   else:
     out = jax.eval_shape(stage.tokenizer.apply, variables, jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
   assert {x.dtype for x in jax.tree.leaves(out)} <= {jnp.dtype('float32'), jnp.dtype('int32')}
+
+
+@pytest.mark.parametrize('kind, mesh, changes', [
+    ('generator', (2, 2, 2), {}),
+    pytest.param('generator', (2, 4, 1), {'model.shared_adaln': True}, marks=pytest.mark.slow),
+    pytest.param('tokenizer', (2, 4, 1), {'loss.adversarial': 0.5, 'loss.adversarial_start': 0.0},
+                 marks=pytest.mark.slow)])
+def test_sums_over_devices_are_float32_whatever_the_dtype(kind, mesh, changes, tmp_path):
+  """As XLA has divided the program among devices: a CPU's compiler makes float32 of bfloat16 in a later pass."""
+  trainer = Trainer(kind, mesh, dtype='bfloat16', **changes)
+  trainer.step.lowered(trainer.initial, some_batch()).compile(
+      {'xla_dump_to': str(tmp_path), 'xla_dump_hlo_pass_re': 'spmd-partitioning'})
+  text = max(tmp_path.glob('*after_spmd-partitioning*'), key=lambda file: file.stat().st_size).read_text()
+  sums = re.findall(r' = (.*?) (?:all-reduce|reduce-scatter)(?:-start)?\(', text)
+  assert ' bf16[' in text and len(sums) > 10
+  assert [shape for shape in sums if 'bf16' in shape] == []

@@ -109,6 +109,7 @@ def generator(depth=16):
       normalize_qk=True,
       shared_adaln=False,
       adaln_gamma=1e-3,      # initial scale of the gammas
+      float32_residual=False,  # in bfloat16, add up the blocks' outputs in float32; the published code does not
       markov=False,          # whether tokens see their own scale alone, whose input sums up the coarser ones: no cache
   )
   config.attention = 'auto'  # auto, xla, cudnn (GPUs, in bfloat16) or splash (TPUs)
