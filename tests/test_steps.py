@@ -142,6 +142,30 @@ def test_scales_join_progressive_training_one_by_one():
   assert np.any((table > 0) & (table < 1))
 
 
+def test_scales_that_weigh_nothing_are_not_computed():
+  """And the step is that of all scales, masked: losses, gradients, but for rounding."""
+  changes = {'progressive.end': 0.9, 'progressive.start_scale': 0, 'progressive.ramp': 0.5, 'scale_weights.sigma': 1.0}
+  trainer = Trainer('generator', **changes)
+  stage, state, batch = trainer.stage, trainer.initial, some_batch()
+  pyramid = stage.generator.pyramid
+  phases = [stage.phase(step) for step in range(8)]
+  assert phases == sorted(phases) and set(phases) == {1, 2, 3}
+  for step, scales in enumerate(phases):
+    settings = dict(start_scale=0, end=0.9, warmup=0, ramp=4)
+    weights = generator_losses.progressive_weights(step, stage.steps, pyramid, **settings)
+    assert np.sum(weights > 0) == sum(pyramid.sizes[:scales])
+  step = phases.index(2)
+  state = state.replace(step=np.int32(step))
+  expected, metrics = trainer.step(state, batch)
+  found, fewer = jax.jit(stage.train_step, static_argnames='phase')(state, batch, phase=2)
+  for name in ('gradient_norm', 'loss/scale_0', 'loss/scale_1', 'accuracy/scale_1'):
+    assert_close(fewer[name], metrics[name], rtol=1e-5)
+  assert metrics.keys() - fewer.keys() == {'loss/scale_2', 'accuracy/scale_2', 'loss/last', 'accuracy/last'}
+  assert farthest(moments(found, 'mu'), moments(expected, 'mu')) < 1e-5
+  costs = [flops.counted(functools.partial(stage.train_step, phase=phase), state, batch) for phase in (1, 2, 3)]
+  assert costs[0] < costs[1] < costs[2]
+
+
 def test_training_without_labels_does_not_see_them():
   trainer = Trainer('generator', accumulate=1, **CERTAIN)
   batch = some_batch()

@@ -79,21 +79,23 @@ def _data_options(config, stage, mesh):
 
 
 def jitted_step(stage, state, mesh):
-  """The jitted train_step: (state, batch, a number of each device) -> (state, metrics).
+  """The jitted train_step: (state, batch, a number of each device, phase=None) -> (state, metrics).
 
-  state: to take the shardings from. The metrics also tell whether any process was asked to stop, the same on all.
+  phase: static, a program each, see `stage.phase` where a stage has it. state: to take the shardings from. The metrics
+  also tell whether any process was asked to stop, the same on all.
   """
 
-  def step(state, batch, stop):
-    state, metrics = stage.train_step(state, batch)
+  def step(state, batch, stop, phase=None):
+    state, metrics = stage.train_step(state, batch, **({} if phase is None else {'phase': phase}))
     return state, metrics | {'stop': jnp.max(stop)}
 
   places = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(step, donate_argnums=0, out_shardings=(places, mesh_lib.replicated(mesh)))
+  return jax.jit(step, donate_argnums=0, static_argnames='phase', out_shardings=(places, mesh_lib.replicated(mesh)))
 
 
 def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar, stop):
   train_step, several = jitted_step(stage, state, mesh), jax.process_count() > 1
+  phase = getattr(stage, 'phase', lambda step: None)
   mean, pending, start = metrics_lib.Mean(), None, int(state.step)
   step, asked = start, None if several else stop  # several processes stop together, after the step that told them all
 
@@ -130,7 +132,7 @@ def _run(stage, config, state, batches, evaluate, checkpoints, mesh, writer, bar
     if last:
       return state
     batch = mesh_lib.put_batch(next(batches), mesh)
-    state, metrics = train_step(state, batch, mesh_lib.put_number(stop[0] if stop else 0, mesh))
+    state, metrics = train_step(state, batch, mesh_lib.put_number(stop[0] if stop else 0, mesh), phase=phase(step))
     if several and not asked and processes.preempted(step + 1):
       asked = [signal.SIGTERM]
     fetch()
