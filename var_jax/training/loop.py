@@ -36,7 +36,10 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
   keep: called with (parameters, step) where `config.best` is better than ever before. Raises UserError after
   `max_skipped_in_row` steps without finite gradients, Interrupted after SIGTERM or Ctrl-C.
   """
-  mesh = mesh_lib.make_mesh(**config.mesh)
+  shapes = jax.eval_shape(stage.init, stage.initial)
+  mesh = mesh_lib.suited(mesh_lib.make_mesh(**config.mesh), shapes)
+  if processes.is_first() and (left := mesh_lib.undivided(shapes, mesh)):
+    say(left)
   with jax.set_mesh(mesh), processes.stop_requests() as stop:
     state = _first_state(stage, checkpoints, mesh)
     start = int(state.step)
