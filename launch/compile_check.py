@@ -115,6 +115,7 @@ def program(config, options, devices):
   drawing = options.program == 'sample'
   mesh = mesh_lib.fitting(config.mesh, devices) if drawing else mesh_lib.make_mesh(devices, **config.mesh)
   stage, kernels = abstract_stage(config, options), {}
+  mesh = mesh if drawing else mesh_lib.suited(mesh, jax.eval_shape(stage.init))
   if stage.name == 'generator':
     kernels = attention.kernel_flops(stage.generator.pyramid, stage.generator.width // stage.generator.heads)
   with jax.set_mesh(mesh):

@@ -34,6 +34,25 @@ def test_fewer_multiplications_give_the_plain_convolution(cache, monkeypatch):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize('size, kernel, stride, padding', [
+    ((8, 6), 3, 1, 'SAME'), ((8, 6), 3, 2, ((0, 1), (0, 1))), ((7, 8), 4, 2, 'SAME'), ((6, 6), 1, 1, 'SAME')])
+def test_gradients_of_kernels_are_summed_in_float32_whatever_the_dtype(size, kernel, stride, padding):
+  """Of inputs that bfloat16 holds exactly, the kernel's gradient is that of float32, to float32's rounding."""
+  exact = lambda i, shape: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+  x, kernel = exact(0, (2, *size, 5)), exact(1, (kernel, kernel, 5, 7)).astype(jnp.float32)
+
+  def gradients(dtype):
+    out, pull_back = jax.vjp(lambda x, kernel: convolution.product(x, kernel, (stride,) * 2, padding, **HOW),
+                             x.astype(dtype), kernel)
+    assert out.dtype == dtype
+    return pull_back(exact(2, out.shape).astype(dtype))
+
+  (to_x, to_kernel), (exact_x, exact_kernel) = gradients(jnp.bfloat16), gradients(jnp.float32)
+  assert (to_x.dtype, to_kernel.dtype) == (jnp.bfloat16, jnp.float32)
+  np.testing.assert_allclose(to_kernel, exact_kernel, atol=1e-6 * np.abs(exact_kernel).max())
+  np.testing.assert_allclose(to_x.astype(jnp.float32), exact_x, atol=2**-8 * np.abs(exact_x).max())
+
+
 def test_operations_count_as_they_are_written():
   x, kernel = inputs()
   run = lambda *x: jnp.sum(convolution.conv_general_dilated(*x, *PLAIN, train=True, **HOW) ** 2)

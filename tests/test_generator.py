@@ -212,3 +212,14 @@ def test_attention_suits_the_devices():
     with pytest.MonkeyPatch.context() as there:
       there.setattr(attention.axes, 'platform', lambda: platform)
       assert attention.chosen('auto', jnp.dtype(dtype)) == expected
+
+
+def test_float32_residual_brings_bfloat16_nearer_to_float32():
+  model = Generator(Pyramid.of((1, 2, 3)), codes=64, channels=8, classes=3, depth=8, width=64, heads=4, adaln_gamma=1.0)
+  inputs = jnp.arange(4) % 3, jax.random.normal(jax.random.key(1), (4, 13, 8))
+  params = jax.jit(model.init)(jax.random.key(0), *inputs)
+  logits = lambda **changes: np.asarray(jax.jit(model.clone(**changes).apply)(params, *inputs))
+  exact = logits()
+  np.testing.assert_array_equal(logits(float32_residual=True), exact)
+  errors = [np.linalg.norm(logits(dtype=jnp.bfloat16, float32_residual=on) - exact) for on in (True, False)]
+  assert 0 < errors[0] < 0.75 * errors[1], errors

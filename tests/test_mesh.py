@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny_runs import Trainer, some_batch
+from tiny_runs import Trainer, farthest, moments, some_batch
 
 from var_jax import axes
 from var_jax.errors import UserError
@@ -87,6 +87,57 @@ def test_moments_and_average_lie_where_their_parameters_do():
   share = lambda x: np.prod(x.sharding.shard_shape(x.shape)) / x.size
   whole = [x for x in jax.tree.leaves(placed.params) if share(x) == 1]
   assert sum(x.size for x in whole) < 0.1 * sum(x.size for x in jax.tree.leaves(placed.params))
+
+
+@pytest.mark.parametrize('shape, spec', [
+    ((4, 12, 3, 12), P(None, 'fsdp_rest', None, 'fsdp')), ((4, 12, 12), P(None, 'fsdp_rest', 'fsdp')),
+    ((4, 12, 48), P(None, None, ('fsdp', 'fsdp_rest'))), ((4, 12, 5), P(None, 'fsdp', None)),
+    ((4, 6, 5), P(None, 'fsdp_rest', None)), ((4, 5, 5), P(None, None, None))])
+def test_kernels_that_fsdp_does_not_divide_are_split_along_two_dimensions(shape, spec):
+  state = {'blocks': {'attention': {'proj': {'kernel': jax.ShapeDtypeStruct((4, 12, 12), jnp.float32)}}}}
+  mesh = mesh_lib.suited(mesh_of(1, 8, 1), state)
+  assert dict(mesh.shape) == {'data': 1, 'fsdp': 4, 'fsdp_rest': 2, 'tensor': 1}
+  assert mesh.devices.ravel().tolist() == mesh_of(1, 8, 1).devices.ravel().tolist()
+  assert mesh_lib.spec_of('blocks/a/kernel', shape, mesh) == spec
+
+
+@pytest.mark.parametrize('devices, width', [(8, 12), (8, 20), (4, 6), (4, 32)])
+def test_no_width_leaves_kernels_whole(devices, width):
+  """Where the square of a width can be shared; and a width that all devices divide keeps the plain mesh."""
+  stage = Trainer('generator', **{'model.width': width, 'model.heads': 1}).stage
+  state = jax.eval_shape(stage.init)
+  plain = mesh_lib.make_mesh(jax.devices()[:devices], data=1, fsdp=devices)
+  mesh = mesh_lib.suited(plain, state)
+  assert (mesh == plain) == (width % devices == 0)
+  for path, x in jax.tree_util.tree_flatten_with_path(mesh_lib.placed(state, mesh).params['blocks'])[0]:
+    if path[-1].key == 'kernel':
+      assert np.prod(x.shape) == devices * np.prod(x.sharding.shard_shape(x.shape)), path
+
+
+def test_what_stays_whole_is_said():
+  kernel = lambda *shape: {'kernel': jax.ShapeDtypeStruct(shape, jnp.float32)}
+  state = {'fc': kernel(16, 32), 'odd': kernel(16, 5), 'table': jax.ShapeDtypeStruct((2**18,), jnp.float32)}
+  assert mesh_lib.undivided(state, mesh_of(1, 8, 1)) == (
+      'fsdp: 1 of 3 parameters are not shared by all 8 devices: 1 MiB on each, with moments and average (table)')
+  assert mesh_lib.undivided(state, mesh_of(8, 1, 1)) is None
+
+
+def test_a_step_on_a_mesh_of_two_fsdp_axes_is_that_of_one_device():
+  trainer = Trainer('generator', **{'model.width': 20})
+  state, batch = trainer.initial, some_batch()
+  mesh = mesh_lib.suited(mesh_of(1, 8, 1), state.replace(frozen=None))
+  assert dict(mesh.shape) == {'data': 1, 'fsdp': 4, 'fsdp_rest': 2, 'tensor': 1}
+  with jax.set_mesh(mesh):
+    placed = mesh_lib.put_state(state, mesh)
+    places = jax.tree.map(lambda x: x.sharding, placed)
+    step = jax.jit(trainer.stage.train_step, out_shardings=(places, mesh_lib.replicated(mesh)))
+    found, metrics = step(placed, mesh_lib.put_batch(batch, mesh))
+  image = mesh_lib.put_batch(batch, mesh)['image']
+  assert {s.data.shape for s in image.addressable_shards} == {(1, 8, 8, 3)}
+  expected, expected_metrics = trainer.step(state, batch)
+  np.testing.assert_allclose(metrics['loss'], expected_metrics['loss'], rtol=1e-5)
+  np.testing.assert_allclose(metrics['gradient_norm'], expected_metrics['gradient_norm'], rtol=1e-5)
+  assert farthest(moments(found, 'mu'), moments(expected, 'mu')) < 1e-5
 
 
 def test_batches_are_split_over_data_and_fsdp():

@@ -9,7 +9,7 @@ import optax
 import published_models
 import pytest
 from golden_files import assert_close
-from tiny_runs import FULL, Line, Trainer, differing, metrics_of, some_batch, train_line
+from tiny_runs import FULL, Line, Trainer, differing, metrics_of, some_batch, tiny_config, train_line
 
 from var_jax.errors import UserError
 from var_jax.generator import losses as generator_losses
@@ -26,6 +26,19 @@ def test_schedules_match_published_implementation(kind):
   np.testing.assert_allclose([ours(i) for i in iteration], rate, rtol=1e-4)
   ours = optimizer_lib.weight_decay(0.05, 0.08, 1000)
   np.testing.assert_allclose([ours(i) for i in iteration], decay, rtol=1e-4)
+
+
+@pytest.mark.parametrize('kind', optimizer_lib.SCHEDULES)
+def test_what_joins_later_has_the_runs_rate_but_for_its_own_warm_up(kind):
+  config = tiny_config('tokenizer', **{'optimizer.schedule': kind, 'optimizer.warmup': 0.02}).optimizer
+  run = optimizer_lib.learning_rate(kind, 5.0, 1000, 20, config.start_ratio, config.end_ratio)
+  rates = lambda start: [optimizer_lib.joining_later(config, 5.0, 1000, start)(i) for i in range(0, 1000, 5)]
+  expected = [run(i) for i in range(0, 1000, 5)]
+  np.testing.assert_allclose(rates(0), expected, rtol=1e-6)
+  later = rates(400)
+  np.testing.assert_allclose(later[84:], expected[84:], rtol=1e-6)
+  np.testing.assert_allclose(later[80], config.start_ratio * expected[80], rtol=1e-6)
+  assert np.all(np.diff(later[80:85]) > 0)
 
 
 def in_torch(params):

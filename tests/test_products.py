@@ -31,6 +31,24 @@ def test_a_tall_product_and_its_gradients_equal_the_plain_ones():
   assert 'f32[4,12]{1,0} dot(' in program and 'f32[12,4]{1,0} dot(' not in program
 
 
+@pytest.mark.parametrize('product, shape', [
+    (products.WHOLE, (12, 4)), (products.qkv_product, (12, 3, 12)), (products.tall_product, (12, 4))])
+def test_gradients_of_kernels_are_summed_in_float32_whatever_the_dtype(product, shape):
+  """Of inputs that bfloat16 holds exactly, the kernel's gradient is that of float32, to float32's rounding."""
+  exact = lambda i, shape: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+  x, kernel, pull = exact(0, (600, 12)), exact(1, shape).astype(jnp.float32), exact(2, (600, *shape[1:]))
+
+  def gradients(dtype):
+    out, pull_back = jax.vjp(lambda *inputs: product(*inputs, (((1,), (0,)), ((), ()))), x.astype(dtype), kernel)
+    assert out.dtype == dtype
+    return pull_back(pull.astype(dtype))
+
+  (to_x, to_kernel), (exact_x, exact_kernel) = gradients(jnp.bfloat16), gradients(jnp.float32)
+  assert (to_x.dtype, to_kernel.dtype) == (jnp.bfloat16, jnp.float32)
+  np.testing.assert_allclose(to_kernel, exact_kernel, atol=1e-6 * np.abs(exact_kernel).max())
+  np.testing.assert_allclose(to_x.astype(jnp.float32), exact_x, atol=2**-8 * np.abs(exact_x).max())
+
+
 def test_own_gradient_is_the_same_one():
   loss = lambda x, own: jnp.sum(jnp.sin(own(jnp.sin(x) * x.mean())))
   x = jax.random.normal(jax.random.key(0), (4, 6))

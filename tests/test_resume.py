@@ -343,9 +343,9 @@ def test_signal_is_heeded_between_the_batches_of_an_evaluation(tmp_path, monkeyp
 
 def test_speed_leaves_the_compiler_and_evaluations_out(tmp_path):
   class Slow(Line):
-    def train_step(self, state, batch):
+    def train_step(self, state, batch, phase=None):
       time.sleep(1)  # while it is traced
-      return super().train_step(state, batch)
+      return super().train_step(state, batch, phase)
 
     def pictures(self, state, batch):
       time.sleep(1)

@@ -85,7 +85,7 @@ from var_jax.commands import script
 from tiny_runs import Line, train_line
 
 class Slow(Line):
-  def train_step(self, state, batch):
+  def train_step(self, state, batch, phase=None):
     wait()
 
 script.run(lambda arguments: train_line(Slow(4), arguments[0]) and 0)

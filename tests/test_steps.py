@@ -1,6 +1,7 @@
 """The stages' steps: averages, accumulation, devices, and what a loss is made of."""
 
 
+import functools
 import re
 
 import jax
@@ -11,11 +12,14 @@ import pytest
 from golden_files import assert_close
 from tiny_runs import CERTAIN, FULL, Trainer, differing, farthest, leaves, moments, some_batch
 
+from var_jax import flops
 from var_jax.errors import UserError
 from var_jax.generator import losses as generator_losses
 from var_jax.pyramid import Pyramid
 from var_jax.tokenizer import losses as tokenizer_losses
+from var_jax.tokenizer.quantizer import MultiScaleQuantizer
 from var_jax.training import mesh as mesh_lib
+from var_jax.training import optimizer as optimizer_lib
 from var_jax.training.state import TrainState, accumulated
 
 
@@ -138,6 +142,30 @@ def test_scales_join_progressive_training_one_by_one():
   assert np.any((table > 0) & (table < 1))
 
 
+def test_scales_that_weigh_nothing_are_not_computed():
+  """And the step is that of all scales, masked: losses, gradients, but for rounding."""
+  changes = {'progressive.end': 0.9, 'progressive.start_scale': 0, 'progressive.ramp': 0.5, 'scale_weights.sigma': 1.0}
+  trainer = Trainer('generator', **changes)
+  stage, state, batch = trainer.stage, trainer.initial, some_batch()
+  pyramid = stage.generator.pyramid
+  phases = [stage.phase(step) for step in range(8)]
+  assert phases == sorted(phases) and set(phases) == {1, 2, 3}
+  for step, scales in enumerate(phases):
+    settings = dict(start_scale=0, end=0.9, warmup=0, ramp=4)
+    weights = generator_losses.progressive_weights(step, stage.steps, pyramid, **settings)
+    assert np.sum(weights > 0) == sum(pyramid.sizes[:scales])
+  step = phases.index(2)
+  state = state.replace(step=np.int32(step))
+  expected, metrics = trainer.step(state, batch)
+  found, fewer = jax.jit(stage.train_step, static_argnames='phase')(state, batch, phase=2)
+  for name in ('gradient_norm', 'loss/scale_0', 'loss/scale_1', 'accuracy/scale_1'):
+    assert_close(fewer[name], metrics[name], rtol=1e-5)
+  assert metrics.keys() - fewer.keys() == {'loss/scale_2', 'accuracy/scale_2', 'loss/last', 'accuracy/last'}
+  assert farthest(moments(found, 'mu'), moments(expected, 'mu')) < 1e-5
+  costs = [flops.counted(functools.partial(stage.train_step, phase=phase), state, batch) for phase in (1, 2, 3)]
+  assert costs[0] < costs[1] < costs[2]
+
+
 def test_training_without_labels_does_not_see_them():
   trainer = Trainer('generator', accumulate=1, **CERTAIN)
   batch = some_batch()
@@ -195,6 +223,24 @@ def test_discriminator_starts_at_its_share_of_the_run():
     assert differing(new.params, old.params)
 
 
+def test_discriminator_follows_the_runs_schedule_and_counts_from_its_own_start():
+  """Adam's first step is as long as its rate. The run warms up for two steps, the discriminator for its own two."""
+  changes = {'optimizer.warmup': 0.25, 'optimizer.schedule': 'cos', 'loss.discriminator_lr': 1e-2}
+  trainer = Trainer('tokenizer', **FULL | changes)
+  states = [trainer.initial, *(state for state, _ in trainer.run(8))]
+  counts = [int(optax.tree.get(state.extra['discriminator_optimizer'], 'count')) for state in states]
+  assert counts == [0, 0, 0, 0, 0, 1, 2, 3, 4]
+  moved = [farthest_move(a.extra['discriminator'], b.extra['discriminator']) for a, b in zip(states, states[1:])]
+  run = optimizer_lib.learning_rate('cos', 1e-2, 8, 2)
+  np.testing.assert_allclose(moved[4], 0.005 * run(4), rtol=1e-3)
+  assert 0.3 * run(5) < moved[5] < run(5)  # half-way through its warm-up
+  assert moved[7] < 1.5 * run(7) < 0.2 * 1e-2
+
+
+def farthest_move(a, b):
+  return max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
 def test_dead_codes_are_used_again_after_restart_checks():
   trainer = Trainer('tokenizer', **FULL)
   initial = far_codes(trainer.initial)
@@ -205,6 +251,58 @@ def test_dead_codes_are_used_again_after_restart_checks():
   seen = trainer.evaluate(twice, some_batch(1))['counts_KxV'].sum(0)
   assert seen[16:].sum() > 0
   assert trainer.evaluate(initial, some_batch(1))['counts_KxV'].sum(0)[16:].sum() == 0
+
+
+def test_codes_that_any_step_uses_are_not_restarted():
+  """Two batches in turn, of which the checks, every other step, fall on the second alone."""
+  trainer = Trainer('tokenizer', **{
+      'codebook.restart_every': 2, 'codebook.restart_after': 2, 'optimizer.peak_lr': 1e-12, 'ema': 0.0})
+  state = far_codes(trainer.initial).replace(ema=None)
+  batches = some_batch(), some_batch() | {'image': np.ones((8, 8, 8, 3), np.float32)}
+  used = [trainer.evaluate(state, batch)['counts_KxV'].sum(0) > 0 for batch in batches]
+  first_alone = used[0] & ~used[1]
+  assert first_alone.sum() > 3
+  codebooks = []
+  for step in range(4):
+    state, _ = trainer.step(state, batches[step % 2])
+    codebooks.append(state.params['quantizer']['codebook'])
+  np.testing.assert_array_equal(codebooks[2][16:], 1e3)  # unused in three steps is no death yet
+  assert np.abs(codebooks[3]).max() < 100
+  np.testing.assert_allclose(codebooks[3][first_alone], codebooks[0][first_alone], atol=1e-6)
+
+
+def test_small_batches_do_not_make_codes_die():
+  """Two steps of 21 tokens say nothing of 32 codes: no code is restarted before each was due eight times."""
+  trainer = Trainer('tokenizer', **FULL)
+  one = {name: x[:1] for name, x in some_batch().items()}
+  state = far_codes(trainer.initial)
+  for step in range(13):
+    assert np.all(state.params['quantizer']['codebook'][16:] == 1e3), step
+    state, _ = trainer.step(state, one)
+  assert np.abs(state.params['quantizer']['codebook']).max() < 100
+
+
+def test_restarting_codes_takes_no_more_images_at_a_time_than_the_step():
+  trainer = Trainer('tokenizer', accumulate=4, **{'codebook.restart_every': 1})
+  text = trainer.step.lowered(trainer.initial, some_batch()).as_text()
+  images = re.findall(r'stablehlo.convolution.*? : \(tensor<(\d+)x8x8x3x', text)
+  assert images and set(images) == {'2'}, images
+
+
+def test_dropping_scales_brings_no_images_together():
+  """What crosses devices are the sums of the losses, single numbers."""
+  pyramid, mesh = Pyramid.of((1, 2, 4)), mesh_lib.make_mesh()
+  quantizer = MultiScaleQuantizer(pyramid, codes=32, channels=8)
+  latent, kept_B = jax.random.normal(jax.random.key(0), (16, 4, 4, 8)), jnp.arange(16) % 3 + 1
+  variables = jax.jit(quantizer.init)(jax.random.key(1), latent)
+  whole = jax.jit(quantizer.apply)(variables, latent, kept_B)
+  sums = jnp.stack(jax.jit(functools.partial(quantizer.apply, method='partial_sums'))(variables, whole.tokens_BxL))
+  np.testing.assert_allclose(whole.latent_BxHxWxC, sums[kept_B - 1, np.arange(16)], atol=1e-6)
+  with jax.set_mesh(mesh):
+    split = jax.device_put((latent, kept_B), mesh_lib.split(mesh))
+    compiled = jax.jit(quantizer.apply).lower(variables, *split).compile()
+  found = re.findall(r' = (.*?) (all-[\w-]+|reduce-scatter|collective-permute)\(', compiled.as_text())
+  assert all(kind == 'all-reduce' and not re.search(r'\[\d', shape) for shape, kind in found), found
 
 
 def test_unused_codes_stay_as_they_are_by_default():
@@ -239,3 +337,19 @@ def test_bfloat16_is_for_activations_alone(kind):
   else:
     out = jax.eval_shape(stage.tokenizer.apply, variables, jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
   assert {x.dtype for x in jax.tree.leaves(out)} <= {jnp.dtype('float32'), jnp.dtype('int32')}
+
+
+@pytest.mark.parametrize('kind, mesh, changes', [
+    ('generator', (2, 2, 2), {}),
+    pytest.param('generator', (2, 4, 1), {'model.shared_adaln': True}, marks=pytest.mark.slow),
+    pytest.param('tokenizer', (2, 4, 1), {'loss.adversarial': 0.5, 'loss.adversarial_start': 0.0},
+                 marks=pytest.mark.slow)])
+def test_sums_over_devices_are_float32_whatever_the_dtype(kind, mesh, changes, tmp_path):
+  """As XLA has divided the program among devices: a CPU's compiler makes float32 of bfloat16 in a later pass."""
+  trainer = Trainer(kind, mesh, dtype='bfloat16', **changes)
+  trainer.step.lowered(trainer.initial, some_batch()).compile(
+      {'xla_dump_to': str(tmp_path), 'xla_dump_hlo_pass_re': 'spmd-partitioning'})
+  text = max(tmp_path.glob('*after_spmd-partitioning*'), key=lambda file: file.stat().st_size).read_text()
+  sums = re.findall(r' = (.*?) (?:all-reduce|reduce-scatter)(?:-start)?\(', text)
+  assert ' bf16[' in text and len(sums) > 10
+  assert [shape for shape in sums if 'bf16' in shape] == []

@@ -97,7 +97,8 @@ def test_pyramid_that_does_not_end_in_the_latent_size_is_an_error():
     model.apply({'params': params}, jnp.zeros((1, 32, 32, 3)), method='encode')
 
 
-@pytest.mark.parametrize('scales', [(), (0, 1), (2, 1), ((1, 2), (2, 1)), ('a',)])
+@pytest.mark.parametrize('scales', [(), (0, 1), (2, 1), ((1, 2), (2, 1)), ('a',), (1, 2.5, 4), ((1, 1), (2.5, 2)),
+                                    (1, (2, 2, 2)), (1, float('inf'))])
 def test_senseless_scales_are_an_error(scales):
   with pytest.raises(UserError, match='scales must'):
     Pyramid.of(scales)

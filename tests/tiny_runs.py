@@ -173,7 +173,10 @@ class Line:
   def check_metadata(self, metadata):
     assert metadata['line'] == 'a'
 
-  def train_step(self, state, batch):
+  def phase(self, step):
+    return None
+
+  def train_step(self, state, batch, phase=None):
     loss, grads = jax.value_and_grad(lambda p: jnp.mean((p['w'] - batch['image']) ** 2))(state.params)
     if self.breaks is not None:
       grads = jax.tree.map(lambda g: jnp.where(state.step >= self.breaks, jnp.nan, g), grads)

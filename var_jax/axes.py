@@ -1,6 +1,7 @@
 """The axes of every mesh, and how activations lie on them: all that modules need to know of devices.
 
-`data` and `fsdp` split batches, `fsdp` parameters as well, `tensor` heads and hidden units (see `training.mesh`).
+`data` and `fsdp` split batches, `fsdp` parameters as well, `tensor` heads and hidden units (see `training.mesh`). Where
+no dimension of some kernels can be split by all of `fsdp`, that axis is made of two, the second of which is FSDP_REST.
 """
 
 import math
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec
 BATCH = ('data', 'fsdp')
 TENSOR = 'tensor'
 NAMES = (*BATCH, TENSOR)
+FSDP_REST = 'fsdp_rest'
 CPU_CACHE = 2**24  # bytes that a CPU is to work on at a time
 
 
@@ -27,7 +29,13 @@ def constrain(x, *axes):
 def spec(shape, *axes):
   """The PartitionSpec of `constrain` for an array of this shape; all None without a mesh."""
   whole = lambda size, axis: parts(axis) == 1 or size % parts(axis)
-  return PartitionSpec(*(None if whole(size, axis) else axis for size, axis in zip(shape, axes)))
+  mesh = jax.sharding.get_abstract_mesh()
+  return PartitionSpec(*(None if whole(size, axis) else names(axis, mesh) for size, axis in zip(shape, axes)))
+
+
+def names(axis, mesh):
+  """The axes of a mesh that BATCH or TENSOR stands for."""
+  return (*axis, FSDP_REST) if axis == BATCH and FSDP_REST in mesh.shape else axis
 
 
 def platform():
@@ -62,4 +70,4 @@ def parts(axis):
   mesh = jax.sharding.get_abstract_mesh()
   if axis is None or mesh.empty:
     return 1
-  return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
+  return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else names(axis, mesh)))

@@ -89,12 +89,12 @@ def tokenizer():
       adversarial=0.0,       # relative to the reconstruction's gradient
       adversarial_start=0.22,  # fraction of the run
       discriminator_ch=64,
-      discriminator_lr=3e-4,
+      discriminator_lr=3e-4,   # its peak; warm-up, from its start on, and schedule are the run's
   )
   config.codebook = dict(
       restart_every=0,       # steps between checks for dead codes; 0: never, as the published code
       scale_dropout=0.0,     # share of the images decoded from their coarser scales alone while training
-      restart_after=2,       # checks in a row without use before a code is put on a residual of the batch
+      restart_after=2,       # checks in a row before which no step used a code, until it is put on a residual
   )
   return config
 
@@ -112,6 +112,7 @@ def generator(depth=16):
       normalize_qk=True,
       shared_adaln=False,
       adaln_gamma=1e-3,      # initial scale of the gammas
+      float32_residual=False,  # in bfloat16, add up the blocks' outputs in float32; the published code does not
       markov=False,          # whether tokens see their own scale alone, whose input sums up the coarser ones: no cache
   )
   config.attention = 'auto'  # auto, xla, cudnn (GPUs, in bfloat16) or splash (TPUs)

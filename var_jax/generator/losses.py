@@ -21,6 +21,23 @@ def divergence(target_BxLxV, logits_BxLxV):
   return jnp.sum(jnp.exp(target_BxLxV) * (target_BxLxV - found_BxLxV), axis=-1)
 
 
+def _joins(steps, pyramid, start_scale, end, warmup):
+  """(K,) the step at which each scale joins progressive training, 0 or less for those that take part from the start."""
+  last = len(pyramid) - 1
+  joins = np.zeros(last + 1, np.float32)
+  span = max(end * steps - warmup, 0)
+  for k in range(start_scale + 1, last + 1):
+    # The published round(progress·(last-start)) reaches k - start at half a scale before.
+    joins[k] = warmup + (k - start_scale - 0.5) / max(last - start_scale, 1) * span
+  return joins
+
+
+def taking_part(step, steps, pyramid, *, start_scale, end, warmup):
+  """How many scales have a weight in `progressive_weights` at a step, which is a number here."""
+  joins = _joins(steps, pyramid, start_scale, end, warmup)
+  return int(np.sum((joins <= 0) | (step >= joins)))
+
+
 def progressive_weights(step, steps, pyramid, *, start_scale, end, warmup, ramp):
   """(L,) weights of progressive training: scales join one by one, each ramped up; later scales weigh nothing.
 
@@ -28,12 +45,7 @@ def progressive_weights(step, steps, pyramid, *, start_scale, end, warmup, ramp)
   which all scales take part; warmup: steps before the second one joins; ramp: steps over which a new scale's weight
   grows from 0.01 to 1. Causality makes a weight of zero the same as leaving the scale out.
   """
-  last = len(pyramid) - 1
-  joins = np.zeros(last + 1)
-  span = max(end * steps - warmup, 0)
-  for k in range(start_scale + 1, last + 1):
-    # The published round(progress·(last-start)) reaches k - start at half a scale before.
-    joins[k] = warmup + (k - start_scale - 0.5) / max(last - start_scale, 1) * span
+  joins = _joins(steps, pyramid, start_scale, end, warmup)
   grown_K = jnp.clip((step - joins) / max(ramp, 1), 0.01, 1.0)
   weight_K = jnp.where(joins <= 0, 1.0, jnp.where(step >= joins, grown_K, 0.0))
   return weight_K[pyramid.level_L]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from var_jax.axes import BATCH, TENSOR, constrain
 from var_jax.generator.attention import Cache, attend
 from var_jax.generator.products import COLUMNS, ROWS, WHOLE, Dense, own_gradient, qkv_product, tall_product
+from var_jax.precision import of_activations
 from var_jax.pyramid import Pyramid
 from var_jax.remat import rematerialized
 
@@ -66,10 +67,10 @@ class Attention(nn.Module):
     normal = nn.initializers.normal
     # Queries, keys and values have a dimension of their own, so that `tensor` can split each of them by heads.
     qkv = nn.DenseGeneral((3, D), use_bias=False, dtype=self.dtype, kernel_init=normal(self.init_std), name='qkv',
-                         dot_general=qkv_product)
+                         dot_general=qkv_product, promote_dtype=of_activations)
     qkv_Nx3xD = qkv(x_BxLxD.reshape(-1, D))
     q_bias, v_bias = (self.param(name, nn.initializers.zeros, (D,), jnp.float32) for name in ('q_bias', 'v_bias'))
-    qkv_Nx3xD += jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+    qkv_Nx3xD = (qkv_Nx3xD + jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias])).astype(self.dtype)
     qkv = constrain(qkv_Nx3xD.reshape(B, L, 3, self.heads, D // self.heads), BATCH, None, None, TENSOR)
     q, k, v = (qkv[:, :, i] for i in range(3))
     if self.normalize_qk:
@@ -137,7 +138,7 @@ class Block(nn.Module):
     if self.shared_adaln:
       init = adaln_init(1 / math.sqrt(D), 2, self.adaln_scale, self.adaln_gamma)
       offsets_6xD = self.param('adaln', lambda key, shape: init(key, (D, 6)).T, (6, D))
-      return constrain(cond + offsets_6xD.astype(self.dtype), BATCH)
+      return constrain((cond + offsets_6xD).astype(self.dtype), BATCH)
     init = adaln_init(self.init_std, D, self.adaln_scale, self.adaln_gamma)
     adaln = Dense(6 * D, dtype=self.dtype, kernel_init=init, dot_general=ROWS, name='adaln')
     return constrain(adaln(nn.silu(cond)).reshape(-1, 6, D), BATCH)
@@ -152,6 +153,7 @@ class Generator(nn.Module):
   codes, channels: the tokenizer's codebook; classes: label `classes` means "no class" (for guidance).
   width, heads: by default 64·depth and depth. Initial values as published; adaln_gamma is the recipe's own.
   remat: see `remat.POLICIES`; attention: see `attention.IMPLEMENTATIONS`; unroll: no loop over the blocks.
+  float32_residual: whether the blocks' outputs are added up in float32, where each block runs in another `dtype`.
   """
 
   pyramid: Pyramid
@@ -170,6 +172,7 @@ class Generator(nn.Module):
   remat: str = 'none'
   attention: str = 'auto'
   unroll: bool = False
+  float32_residual: bool = False
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -195,6 +198,10 @@ class Generator(nn.Module):
     self.head = Dense(self.codes, dtype=jnp.float32, kernel_init=normal(std * self.head_scale), dot_general=COLUMNS)
 
   @property
+  def residual_dtype(self):
+    return jnp.float32 if self.float32_residual else self.dtype
+
+  @property
   def init_std(self):
     return math.sqrt(1 / (3 * (self.width or 64 * self.depth)))
 
@@ -207,8 +214,7 @@ class Generator(nn.Module):
     chex.assert_shape(teacher_BxMxC, (None, self.pyramid.length - self.pyramid.sizes[0], self.channels))
     first_BxlxD = self._first(labels_B)
     x_BxLxD = jnp.concatenate([first_BxlxD, self.word_embed(teacher_BxMxC)], axis=1)
-    x_BxLxD += self._where(slice(0, self.pyramid.length))
-    x_BxLxD = constrain(x_BxLxD, BATCH)
+    x_BxLxD = constrain(self._placed(x_BxLxD, slice(0, self.pyramid.length)), BATCH)
     (x_BxLxD, _), _ = self.blocks((x_BxLxD, None), keep_NxxB, None, self._condition(labels_B))
     return self._logits(x_BxLxD, labels_B)
 
@@ -228,7 +234,7 @@ class Generator(nn.Module):
     scale before returned, `empty_cache` at the first.
     """
     x_BxlxD = self._first(labels_B) if scale == 0 else self.word_embed(input_BxlxC)
-    x_BxlxD += self._where(self.pyramid.slices[scale])
+    x_BxlxD = self._placed(x_BxlxD, self.pyramid.slices[scale])
     old, carry = cache.modulation, (x_BxlxD, cache.replace(modulation=None))
     (x_BxlxD, cache), new = self.blocks(carry, None, old, self._condition(labels_B))
     cache = cache.replace(
@@ -240,11 +246,12 @@ class Generator(nn.Module):
 
   def _first(self, labels_B):
     class_BxD = self._class(labels_B)
-    return (class_BxD[:, None] + self.start).astype(self.dtype)
+    return (class_BxD[:, None] + self.start).astype(self.residual_dtype)
 
-  def _where(self, tokens):
-    level_LxD = self.level_embedding[self.pyramid.level_L[tokens]]
-    return (level_LxD + self.position[tokens]).astype(self.dtype)
+  def _placed(self, x_BxlxD, tokens):
+    """What the first block takes: x and where each of these tokens lies."""
+    level_lxD = self.level_embedding[self.pyramid.level_L[tokens]]
+    return (x_BxlxD + (level_lxD + self.position[tokens])).astype(self.residual_dtype)
 
   def _condition(self, labels_B):
     class_BxD = self._class(labels_B).astype(self.dtype)

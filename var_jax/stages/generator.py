@@ -1,5 +1,7 @@
 """The generator stage: cross entropy of every scale given the coarser ones, on a frozen tokenizer's tokens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,12 @@ from var_jax.generator import losses, sampling
 from var_jax.generator.transformer import drop_path_factors
 from var_jax.training import optimizer as optimizer_lib
 from var_jax.training.state import TrainState, accumulated
+
+
+def _of_scales(params, pyramid):
+  """A generator's parameters for a pyramid of the first scales alone."""
+  tables = {'position': pyramid.length, 'level_embedding': len(pyramid)}
+  return params | {name: params[name][:rows] for name, rows in tables.items() if rows < len(params[name])}
 
 
 class GeneratorStage:
@@ -44,9 +52,17 @@ class GeneratorStage:
           f'this generator was trained with another tokenizer (fingerprint {metadata.get("tokenizer")}, given '
           f'{self.metadata["tokenizer"]}): point --config.tokenizer at the workdir it was trained with')
 
-  def train_step(self, state, batch):
-    """(state, metrics) after one step. Pure."""
-    loss = lambda params, part, key: self._loss(params, self.encode_batch(state, part), key, state)
+  def phase(self, step):
+    """How many scales progressive training computes at a step, a number: the later ones weigh nothing yet."""
+    config, pyramid = self.config, self.generator.pyramid
+    if not config.progressive.end:
+      return len(pyramid)
+    return losses.taking_part(step, self.steps, pyramid, **self._joining())
+
+  def train_step(self, state, batch, phase=None):
+    """(state, metrics) after one step. Pure. phase: of this step, see there; None computes all scales."""
+    scales = len(self.generator.pyramid) if phase is None else phase
+    loss = lambda params, part, key: self._loss(params, self.encode_batch(state, part), key, state, scales)
     grads, metrics = accumulated(loss, state.params, batch, state.step_key, self.config.accumulate)
     state, more = state.updated(grads, self.optimizer, ema_decay=self.config.ema)
     return state, metrics | more
@@ -60,42 +76,58 @@ class GeneratorStage:
     teacher_BxMxC = self.tokenizer.apply(variables, tokens_BxL, method='teacher_input')
     return {'label': batch['label'], 'tokens': tokens_BxL, 'teacher': teacher_BxMxC}
 
-  def _loss(self, params, batch, key, state):
-    config, generator, pyramid = self.config, self.generator, self.generator.pyramid
+  def _loss(self, params, batch, key, state, scales):
+    """(loss, metrics) of the first scales, which the others cannot change; a mean over all, as if those were zero."""
+    config, generator, whole = self.config, self.generator, self.generator.pyramid
+    generator = generator.clone(pyramid=dataclasses.replace(whole, scales=whole.scales[:scales]))
+    pyramid, params = generator.pyramid, _of_scales(params, generator.pyramid)
     label_key, path_key = jax.random.split(key)
-    labels_B, tokens_BxL = batch['label'], batch['tokens']
+    labels_B, tokens_BxL = batch['label'], batch['tokens'][:, :pyramid.length]
+    teacher_BxMxC = batch['teacher'][:, :pyramid.length - pyramid.sizes[0]]
     dropped_B = jax.random.bernoulli(label_key, config.label_drop, labels_B.shape)
     labels_B = jnp.where(dropped_B, generator.classes, labels_B)
     keep = drop_path_factors(path_key, generator.depth, len(labels_B), config.drop_path) if config.drop_path else None
     # On a CPU, putting what the backward pass needs into arrays of all blocks takes a sixth of the step.
     generator = generator.clone(unroll=axes.one_cpu())
-    logits_BxLxV = generator.apply({'params': params}, labels_B, batch['teacher'], keep)
+    logits_BxLxV = generator.apply({'params': params}, labels_B, teacher_BxMxC, keep)
     metrics = losses.summarize(logits_BxLxV, tokens_BxL, pyramid, label_smoothing=config.label_smoothing)
+    if scales < len(whole):  # the last of these is not the last
+      metrics = {name: value for name, value in metrics.items() if not name.endswith('/last')}
     if config.distill:
-      guided_BxLxV = self._guided(state.frozen['guide'], labels_B, batch['teacher'])
+      guided_BxLxV = self._guided(generator, state.frozen['guide'], labels_B, teacher_BxMxC)
       loss_BxL = losses.divergence(guided_BxLxV, logits_BxLxV)
       metrics['distillation'] = jnp.mean(loss_BxL)
     else:
       loss_BxL = losses.token_losses(logits_BxLxV, tokens_BxL, config.label_smoothing)
-    return jnp.mean(loss_BxL * self._weights(state.step)), metrics
+    loss = jnp.mean(loss_BxL * self._weights(state.step, pyramid))
+    return loss if scales == len(whole) else loss * pyramid.length / whole.length, metrics
 
-  def _weights(self, step):
-    """(L,) weights of the tokens in the loss, or 1."""
-    config, pyramid, weight_L = self.config, self.generator.pyramid, 1.0
+  def _weights(self, step, pyramid):
+    """(L,) weights of the tokens of a pyramid, the first scales of the whole one, in the loss, or 1."""
+    config, whole, weight_L = self.config, self.generator.pyramid, jnp.ones(())
     if config.progressive.end:
       weight_L = losses.progressive_weights(
-          step, self.steps, pyramid, start_scale=config.progressive.start_scale, end=config.progressive.end,
-          warmup=round(config.optimizer.warmup * self.steps), ramp=round(config.progressive.ramp * self.steps))
+          step, self.steps, whole, ramp=round(config.progressive.ramp * self.steps), **self._joining())
     if config.scale_weights.sigma:
-      weight_L *= losses.scale_weights(pyramid, **config.scale_weights)
-    return weight_L
+      weight_L *= losses.scale_weights(whole, **config.scale_weights)
+    return weight_L[:pyramid.length] if weight_L.ndim else 1.0
 
-  def _guided(self, params, labels_B, teacher_BxMxC):
-    """(B, L, V) logits of a model with the guidance that sampling would give them, see `sampling.sample`."""
-    pyramid = self.generator.pyramid
-    labels_2B = sampling.with_no_class(labels_B, self.generator)
-    logits = self.generator.apply({'params': params}, labels_2B, jnp.repeat(teacher_BxMxC, 2, axis=0))
-    t_L = self.config.distill * pyramid.level_L / max(len(pyramid) - 1, 1)
+  def _joining(self):
+    """When scales join progressive training, for `losses`."""
+    config = self.config
+    return dict(start_scale=config.progressive.start_scale, end=config.progressive.end,
+                warmup=round(config.optimizer.warmup * self.steps))
+
+  def _guided(self, generator, params, labels_B, teacher_BxMxC):
+    """(B, L, V) logits of a model with the guidance that sampling would give them, see `sampling.sample`.
+
+    generator: for the first scales, which `teacher_BxMxC` is of.
+    """
+    pyramid, last = generator.pyramid, len(self.generator.pyramid) - 1
+    labels_2B, params = sampling.with_no_class(labels_B, generator), _of_scales(params, pyramid)
+    logits = generator.clone(unroll=False).apply(
+        {'params': params}, labels_2B, jnp.repeat(teacher_BxMxC, 2, axis=0))
+    t_L = self.config.distill * pyramid.level_L / max(last, 1)
     return jax.lax.stop_gradient(sampling.guided(logits, t_L[:, None]))
 
   def eval_step(self, state, batch):

@@ -1,5 +1,7 @@
 """The tokenizer stage: reconstruction, quantizer, perceptual and adversarial losses, and a codebook kept alive."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,10 @@ from var_jax.tokenizer import losses, lpips
 from var_jax.tokenizer.discriminator import PatchDiscriminator
 from var_jax.training import optimizer as optimizer_lib
 from var_jax.training.state import TrainState, accumulated
+
+# A code has been unused for long when each has been due so often: one in 3,000 of those used as often as all others
+# would go so long unused by chance.
+TOKENS_A_CODE = 8
 
 
 class TokenizerStage:
@@ -29,7 +35,10 @@ class TokenizerStage:
     self.optimizer = optimizer_lib.from_config(config.optimizer, steps, config.freeze)
     self.initial = initial
     self.discriminator = PatchDiscriminator(config.loss.discriminator_ch, dtype=tokenizer.dtype)
-    self.discriminator_optimizer = optimizer_lib.adamw(config.loss.discriminator_lr, betas=(0.5, 0.9), clip=1.0)
+    self.starts = round(config.loss.adversarial_start * steps)  # the step from which the discriminator works
+    self.discriminator_rate = optimizer_lib.joining_later(
+        config.optimizer, config.loss.discriminator_lr, steps, self.starts)
+    self.discriminator_optimizer = optimizer_lib.adamw(1.0, betas=(0.5, 0.9), clip=1.0)  # times the rate of the step
     self.frozen = {'lpips': lpips_params} if config.loss.lpips else None
 
   def init(self, initial=None):
@@ -42,31 +51,46 @@ class TokenizerStage:
       extra['discriminator'] = self.discriminator.init(jax.random.fold_in(key, 1), image)['params']
       extra['discriminator_optimizer'] = self.discriminator_optimizer.init(extra['discriminator'])
     if config.codebook.restart_every:
-      extra['idle_V'] = jnp.zeros(self.tokenizer.codes, jnp.int32)
+      extra['idle_V'] = jnp.zeros(self.tokenizer.codes, jnp.int32)  # steps since a code was used
     return TrainState.create(config.seed, params, self.optimizer, ema=bool(config.ema), extra=extra)
 
   def check_metadata(self, metadata):
     """Nothing: a tokenizer depends on no other model."""
 
-  def train_step(self, state, batch):
+  def phase(self, step):
+    """None: all steps are one program."""
+
+  def train_step(self, state, batch, phase=None):
     """(state, metrics) after one step. Pure."""
     key = state.step_key
     trained = {'model': state.params, 'discriminator': state.extra.get('discriminator')}
     fixed = (state.frozen, state.step)
     loss = lambda params, part, part_key: self._loss(params, part, part_key, *fixed)
     grads, metrics = accumulated(loss, trained, {'image': batch['image']}, key, self.config.accumulate)
-    extra = dict(state.extra)
+    extra, every = dict(state.extra), self.config.codebook.restart_every
     if self.config.loss.adversarial:
-      updates, extra['discriminator_optimizer'] = self.discriminator_optimizer.update(
-          grads['discriminator'], extra['discriminator_optimizer'], extra['discriminator'])
-      extra['discriminator'] = optax.apply_updates(extra['discriminator'], updates)
+      extra |= self._discriminator_step(state, grads['discriminator'])
+    if every:
+      extra['idle_V'] = jnp.where(metrics.pop('used_V') > 0, 0, extra['idle_V'] + 1)
     state, more = state.updated(
         grads['model'], self.optimizer, ema_decay=self.config.ema, extra=extra, norm=optax.tree.norm(grads))
-    if every := self.config.codebook.restart_every:
-      check = lambda s: self._restart_dead_codes(s, floats(batch['image']), jax.random.fold_in(key, 2))
+    if every:
+      slices = batch['image'].reshape(-1, self.config.accumulate, *batch['image'].shape[1:])
+      images = floats(slices[:, 0])  # no more than a step has in memory at a time
+      restart = lambda s: self._restart_dead_codes(s, images, len(batch['image']), jax.random.fold_in(key, 2))
       due = (state.step % every == 0) & (state.skipped_in_row == 0)
-      state = jax.lax.cond(due, check, lambda s: s, state)
+      state = jax.lax.cond(due, restart, lambda s: s, state)
     return state, metrics | more
+
+  def _discriminator_step(self, state, gradient):
+    """The discriminator's part of `extra` after a step: until it starts, its optimizer counts nothing."""
+    old = {name: state.extra[name] for name in ('discriminator', 'discriminator_optimizer')}
+    updates, optimizer_state = self.discriminator_optimizer.update(
+        gradient, old['discriminator_optimizer'], old['discriminator'])
+    rate = self.discriminator_rate(state.step)
+    params = optax.apply_updates(old['discriminator'], jax.tree.map(lambda x: rate * x, updates))
+    new = {'discriminator': params, 'discriminator_optimizer': optimizer_state}
+    return jax.tree.map(lambda a, b: jnp.where(state.step >= self.starts, a, b), new, old)
 
   def _loss(self, params, batch, key, frozen, step):
     """A scalar whose gradient is the one wanted (not the loss itself, which is among the metrics), and metrics."""
@@ -83,6 +107,8 @@ class TokenizerStage:
       metrics |= adversarial
     quantizer_loss = weights.quantizer * out.quantized.loss
     surrogate = jnp.sum(gradient * out.image_BxHxWx3) + quantizer_loss + discriminator_loss
+    if self.config.codebook.restart_every:  # not for the log: `train_step` takes it out
+      metrics['used_V'] = jnp.zeros(self.tokenizer.codes).at[out.quantized.tokens_BxL].max(1.0)
     return surrogate, metrics | {
         'loss': total + quantizer_loss, 'quantizer': out.quantized.loss, 'psnr': jnp.mean(losses.psnr(images, drawn))}
 
@@ -115,22 +141,21 @@ class TokenizerStage:
       pulled, adversarial, factor = losses.balanced(gradient, fool, drawn, weights.adversarial)
       return pulled, adversarial, factor, losses.hinge(logits(params, images), logits(params, drawn))
 
-    started = step >= round(weights.adversarial_start * self.steps)
     gradient, adversarial, factor, hinge = jax.lax.cond(
-        started, after, lambda _: (gradient, *[jnp.zeros(())] * 3), params)
+        step >= self.starts, after, lambda _: (gradient, *[jnp.zeros(())] * 3), params)
     metrics = {'adversarial': adversarial, 'adversarial_factor': factor, 'discriminator': hinge}
     return jax.lax.stop_gradient(gradient), metrics, hinge
 
-  def _restart_dead_codes(self, state, images, key):
-    """Puts codes that went unused for several checks onto residuals of this batch, each scale being as likely.
+  def _restart_dead_codes(self, state, images, batch_size, key):
+    """Puts codes that no step used for several checks onto residuals of some images, each scale being as likely.
 
     The remedy against the collapse that users report at 1x1 and 3x3 with plain VQ losses; off where parity is asked.
+    batch_size: images of a step, which tell how many steps it takes to see all codes that are alive.
     """
     out = self.tokenizer.apply({'params': state.params}, images, method='quantize')
-    V, pyramid = self.tokenizer.codes, self.tokenizer.pyramid
-    used_V = jnp.zeros(V, bool).at[out.tokens_BxL].set(True)
-    idle_V = jnp.where(used_V, 0, state.extra['idle_V'] + 1)
-    dead_V = idle_V >= self.config.codebook.restart_after
+    V, pyramid, idle_V = self.tokenizer.codes, self.tokenizer.pyramid, state.extra['idle_V']
+    settings, enough = self.config.codebook, math.ceil(TOKENS_A_CODE * V / (batch_size * pyramid.length))
+    dead_V = idle_V >= max(settings.restart_every * settings.restart_after, enough)
     likely_L = jnp.asarray(1 / (len(pyramid) * np.asarray(pyramid.sizes))[pyramid.level_L])
     image_key, token_key = jax.random.split(key)
     rows_V = jax.random.randint(image_key, (V,), 0, len(images))

@@ -52,7 +52,7 @@ class GroupNorm(nn.Module):
 def conv(features, size, dtype, name, train=False, **options):
   """A convolution; train: with gradients, see `convolution.conv_general_dilated`."""
   product = functools.partial(convolution.conv_general_dilated, train=train)
-  return nn.Conv(features, (size, size), dtype=dtype, name=name, conv_general_dilated=product, **options)
+  return convolution.Conv(features, (size, size), dtype=dtype, name=name, conv_general_dilated=product, **options)
 
 
 class ResBlock(nn.Module):

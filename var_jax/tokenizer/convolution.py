@@ -1,13 +1,18 @@
-"""3x3 convolutions on a CPU with 16 multiplications where 36 are written: Winograd's F(2x2, 3x3).
+"""Convolutions whose gradients are summed in float32, and 3x3 ones on a CPU by Winograd's F(2x2, 3x3).
 
+The latter takes 16 multiplications where 36 are written:
 Lavin and Gray, "Fast algorithms for convolutional neural networks" (arXiv 1509.09308), sec. 4.1. Strip by strip, since
 the transformed tiles are four times the image and are to stay in the cache. Differs from the direct sum by rounding.
 """
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from var_jax import axes
+from var_jax.precision import of_activations
 
 LEAST_CHANNELS = 64  # with fewer, transforming costs more than it saves
 CACHE = 2**23  # bytes of a strip's transformed tiles, or of two strips' for a kernel's gradient
@@ -17,12 +22,53 @@ KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
 
+def product(x_BxHxWxC, kernel_hxwxCxF, strides, padding, *, dimension_numbers, precision=None, **undilated):
+  """`jax.lax.conv_general_dilated` without groups and dilation, in x's dtype, to which a float32 kernel is converted.
+
+  Its gradient is a convolution whose result is float32, since devices add up what each has of it. Kernels are put
+  together as by `products.gathering`: else devices would add up activations as well.
+  """
+  direct = lambda x, kernel: jax.lax.conv_general_dilated(
+      x, axes.constrain(kernel.astype(x.dtype), None), strides, padding, dimension_numbers=dimension_numbers,
+      precision=precision)
+  if x_BxHxWxC.dtype == kernel_hxwxCxF.dtype:
+    return direct(x_BxHxWxC, kernel_hxwxCxF)
+  sides, window = x_BxHxWxC.shape[1:3], kernel_hxwxCxF.shape[:2]
+  pads = jax.lax.padtype_to_pads(sides, window, strides, padding) if isinstance(padding, str) else padding
+
+  def gradients(kept, gradient_BxHxWxF):
+    x, kernel = kept
+    # Each tap's row and column of x, at the strides of the outputs: batch and channels change places.
+    ends = [tap + (out - 1) * stride - side - low for tap, out, stride, side, (low, _) in zip(
+        window, gradient_BxHxWxF.shape[1:3], strides, sides, pads)]
+    to_kernel = jax.lax.conv_general_dilated(
+        x, gradient_BxHxWxF, (1, 1), [(low, end) for (low, _), end in zip(pads, ends)], rhs_dilation=strides,
+        dimension_numbers=('CHWN', 'IHWO', 'HWNC'), precision=precision, preferred_element_type=kernel.dtype)
+    to_x = jax.linear_transpose(lambda x: direct(x, kernel), x)(gradient_BxHxWxF)
+    return *to_x, axes.constrain(to_kernel, None)
+
+  mixed = jax.custom_vjp(direct)
+  mixed.defvjp(lambda *inputs: (direct(*inputs), inputs), gradients)
+  return mixed(x_BxHxWxC, kernel_hxwxCxF)
+
+
+class Conv(nn.Conv):
+  """nn.Conv of images with channels last. Returns its `dtype`; what it learns stays float32 up to product and sum."""
+
+  promote_dtype: Any = of_activations
+  conv_general_dilated: Any = product
+
+  @nn.compact
+  def __call__(self, x_BxHxWxC):
+    return super().__call__(x_BxHxWxC).astype(self.dtype)
+
+
 def conv_general_dilated(x_BxHxWxC, kernel_3x3xCxF, strides, padding, *, train, **more):
-  """`jax.lax.conv_general_dilated` for `nn.Conv`, with zeros around the image. train: not to be exported.
+  """`product` for `Conv`, with zeros around the image. train: not to be exported.
 
   An exported program may run on any platform, and chooses there, which gradients would have to go through.
   """
-  direct = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, strides, padding, **more)
+  direct = lambda x, kernel: product(x, kernel, strides, padding, **more)
   height, width = x_BxHxWxC.shape[1:3]
   suits = (kernel_3x3xCxF.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and padding == 'SAME'
            and height % 2 == width % 2 == 0 and min(kernel_3x3xCxF.shape[2:]) >= LEAST_CHANNELS

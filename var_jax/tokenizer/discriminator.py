@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from var_jax.tokenizer.autoencoder import Norm
+from var_jax.tokenizer.convolution import Conv
 
 
 class PatchDiscriminator(nn.Module):
@@ -21,6 +22,6 @@ class PatchDiscriminator(nn.Module):
     layers = max(1, min(self.layers, min(x.shape[1:3]).bit_length() - 3))
     for i in range(layers + 1):
       strides = 2 if i < layers else 1
-      x = nn.Conv(self.ch * min(2**i, 8), (4, 4), strides=strides, dtype=self.dtype, name=f'conv_{i}')(x)
+      x = Conv(self.ch * min(2**i, 8), (4, 4), strides=strides, dtype=self.dtype, name=f'conv_{i}')(x)
       x = nn.leaky_relu(Norm(name=f'norm_{i}')(x) if i else x, 0.2)
-    return nn.Conv(1, (4, 4), dtype=self.dtype, name='conv_out')(x)[..., 0].astype(jnp.float32)
+    return Conv(1, (4, 4), dtype=self.dtype, name='conv_out')(x)[..., 0].astype(jnp.float32)

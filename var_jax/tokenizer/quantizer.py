@@ -103,8 +103,9 @@ class MultiScaleQuantizer(nn.Module):
       sums.append(decoded)
       commitment = jnp.mean((jax.lax.stop_gradient(decoded) - latent) ** 2)
       losses.append(self.beta * commitment + jnp.mean((decoded - fixed) ** 2))
-    if kept_B is not None:
-      decoded = jnp.stack(sums)[kept_B - 1, jnp.arange(len(latent))]
+    if kept_B is not None:  # not by an index into a stack of all, which would bring the devices' images together
+      for k, partial in enumerate(sums[:-1]):
+        decoded = jnp.where((kept_B == k + 1)[:, None, None, None], partial, decoded)
     straight_through = latent + jax.lax.stop_gradient(decoded - latent)
     tokens_BxL, residuals_BxLxC = jnp.concatenate(tokens, 1), jnp.concatenate(residuals, 1)
     return Quantized(straight_through, tokens_BxL, residuals_BxLxC, sum(losses) / len(losses))

@@ -9,6 +9,7 @@ from var_jax import axes
 from var_jax.errors import UserError
 from var_jax.pyramid import Pyramid
 from var_jax.tokenizer.autoencoder import Decoder, Encoder
+from var_jax.tokenizer.convolution import Conv
 from var_jax.tokenizer.quantizer import MultiScaleQuantizer, Quantized
 
 
@@ -51,8 +52,8 @@ class Tokenizer(nn.Module):
     self.decoder = Decoder(**shared)
     self.quantizer = MultiScaleQuantizer(
         self.pyramid, self.codes, self.channels, self.phi_layers, self.phi_ratio, self.beta, self.normalized_lookup)
-    self.quant_conv = nn.Conv(self.channels, (3, 3), dtype=self.dtype)
-    self.post_quant_conv = nn.Conv(self.channels, (3, 3), dtype=self.dtype)
+    self.quant_conv = Conv(self.channels, (3, 3), dtype=self.dtype)
+    self.post_quant_conv = Conv(self.channels, (3, 3), dtype=self.dtype)
 
   @property
   def stride(self):

@@ -6,6 +6,7 @@ next one has been dispatched, so that the device does not wait for Python.
 """
 
 import contextlib
+import functools
 import signal
 
 import jax
@@ -37,12 +38,12 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
   """Trains a stage to its last step, resuming from the newest checkpoint. Returns the final state.
 
   stage: init(), train_step(state, batch) -> (state, metrics), eval_step(state, batch) -> sums over images,
-  summarize(sums) -> scalars, pictures(state, batch) -> {name: (H, W, 3) uint8}, metadata (stored with checkpoints).
+  phase(step) -> which program the step needs, a static argument of train_step; summarize(sums) -> scalars, pictures(state, batch) -> {name: (H, W, 3) uint8}, metadata (stored with checkpoints).
   source, validation: see `data.sources`. measure: state -> scalars, called every `config.measure.every` steps.
   keep: called with (parameters, step) where `config.best` is better than ever before. Raises UserError after
   `max_skipped_in_row` steps without finite gradients, Interrupted after one of `signals.NUMBERS`.
   """
-  mesh = mesh_lib.make_mesh(**config.mesh)
+  mesh = _mesh(stage, config, say)
   with jax.set_mesh(mesh):
     state = _first_state(stage, checkpoints, mesh)  # what stops that loses nothing
     with processes.stop_requests() as stop:
@@ -73,6 +74,15 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
               'training their neighbours took their places')
 
 
+def _mesh(stage, config, say):
+  """The mesh of a run. Says what stays whole on each device."""
+  shapes = jax.eval_shape(stage.init, stage.initial)
+  mesh = mesh_lib.suited(mesh_lib.make_mesh(**config.mesh), shapes)
+  if processes.is_first() and (left := mesh_lib.undivided(shapes, mesh)):
+    say(left)
+  return mesh
+
+
 def _first_state(stage, checkpoints, mesh):
   """The newest checkpoint's state, or a new one, laid out over the mesh: no device ever holds more than its part."""
   shapes = mesh_lib.placed(jax.eval_shape(stage.init, stage.initial), mesh)
@@ -86,28 +96,31 @@ def _first_state(stage, checkpoints, mesh):
 
 
 def jitted_step(stage, state, mesh):
-  """The jitted train_step: (state, batch, a number of each device) -> (state, metrics).
+  """The jitted train_step: (state, batch, a number of each device, phase=None) -> (state, metrics).
 
-  state: to take the shardings from. The metrics also tell whether any process was asked to stop, the same on all.
+  phase: static, a program each, see `stage.phase`. state: to take the shardings from. The metrics
+  also tell whether any process was asked to stop, the same on all.
   """
 
-  def step(state, batch, stop):
-    state, metrics = stage.train_step(state, batch)
+  def step(state, batch, stop, phase=None):
+    state, metrics = stage.train_step(state, batch, phase)
     return state, metrics | {'stop': jnp.max(stop)}
 
   places = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(step, donate_argnums=0, out_shardings=(places, mesh_lib.replicated(mesh)))
+  return jax.jit(step, donate_argnums=0, static_argnames='phase', out_shardings=(places, mesh_lib.replicated(mesh)))
 
 
 class _Steps:
   """Dispatches steps, and fetches the metrics of each once the next is dispatched, or when `fetch` is called.
 
   asked: the signals that asked to stop; several processes stop together, after the step that told them all. mean: of
-  the metrics fetched. last: those of the step fetched last, None at first. ready: the program, None at first.
+  the metrics fetched. last: those of the step fetched last, None at first. ready: the program of the phase that the run
+  is in, None at first.
   """
 
   def __init__(self, stage, config, state, mesh, stop, checkpoints):
     self._step, self._config, self._mesh, self._stop = jitted_step(stage, state, mesh), config, mesh, stop
+    self._phase_of, self._phase = stage.phase, None
     self._checkpoints, self._several, self._pending = checkpoints, jax.process_count() > 1, None
     self.asked, self.mean, self.last, self.ready = [] if self._several else stop, metrics_lib.Mean(), None, None
 
@@ -117,13 +130,23 @@ class _Steps:
     with contextlib.nullcontext() if self._several else free, bar.doing('compiling the first step', 0):
       with self.mean.paused():
         batch = next(batches)
-        debugging = jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs
-        self.ready = self._step if debugging else self._step.lower(state, *self._put(batch)).compile()
+        self._compile(state, step, self._put(batch))
     return batch
+
+  def _compile(self, state, step, arguments):
+    self._phase = self._phase_of(step)
+    if jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+      self.ready = functools.partial(self._step, phase=self._phase)
+    else:
+      self.ready = self._step.lower(state, *arguments, phase=self._phase).compile()
 
   def take(self, state, step, batch):
     """The state after a step more."""
-    state, metrics = self.ready(state, *self._put(batch))
+    arguments = self._put(batch)
+    if self._phase_of(step) != self._phase:
+      with self.mean.paused():
+        self._compile(state, step, arguments)
+    state, metrics = self.ready(state, *arguments)
     if self._several and not self.asked and processes.preempted(step + 1):
       self.asked.append(signal.SIGTERM)
     self.fetch(step)

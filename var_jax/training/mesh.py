@@ -1,11 +1,13 @@
 """The device mesh, and where arrays live on it, in a handful of rules.
 
 Batches are split over `data` and `fsdp`. Of the parameters, and of all that is shaped like them (optimizer, average),
-some are split over `tensor` by TENSOR_RULES, and kernels over `fsdp` along the largest dimension that it divides;
-tables and vectors, a small part, are replicated, and so are networks that are not trained (FROZEN), which have neither
-gradients nor moments. XLA derives the collectives.
+some are split over `tensor` by TENSOR_RULES, and kernels over `fsdp` along the largest dimension that it divides, or
+along two by parts of it (see `suited`); tables and vectors, a small part, are replicated, and so are networks that are
+not trained (FROZEN), which have neither gradients nor moments. XLA derives the collectives.
 """
 
+import collections
+import itertools
 import math
 import re
 
@@ -80,12 +82,12 @@ def replicated(mesh):
 
 def split(mesh):
   """Sharding of a batch: its first axis over `data` and `fsdp`."""
-  return NamedSharding(mesh, PartitionSpec(axes.BATCH))
+  return NamedSharding(mesh, PartitionSpec(axes.names(axes.BATCH, mesh)))
 
 
 def batch_parts(mesh):
   """How many parts a batch is split into."""
-  return mesh.shape['data'] * mesh.shape['fsdp']
+  return mesh.size // mesh.shape['tensor']
 
 
 def spec_of(name, shape, mesh):
@@ -96,20 +98,79 @@ def spec_of(name, shape, mesh):
   for pattern, axis in TENSOR_RULES:
     if re.search(pattern, name) and len(shape) >= -axis and shape[axis] % mesh.shape['tensor'] == 0:
       spec[axis] = axes.TENSOR if mesh.shape['tensor'] > 1 else None
-  free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % mesh.shape['fsdp'] == 0]
-  if mesh.shape['fsdp'] > 1 and name.endswith('kernel') and free:
-    spec[max(free, key=lambda i: (shape[i], i))] = 'fsdp'
+  free = [i for i in range(first, len(shape)) if spec[i] is None]
+  if mesh.shape['fsdp'] > 1 and name.endswith('kernel'):
+    for i, part in _by_fsdp(shape, sorted(free, key=lambda i: (shape[i], i), reverse=True), mesh):
+      spec[i] = part
   return PartitionSpec(*spec)
+
+
+def _by_fsdp(shape, free, mesh):
+  """[(dimension, axes)] that split a kernel over `fsdp`: one of the free dimensions, first ones first, or two."""
+  parts, rest = mesh.shape['fsdp'], mesh.shape.get(axes.FSDP_REST, 1)
+  fits = lambda i, count: shape[i] % count == 0
+  one = [(i, 'fsdp' if rest == 1 else ('fsdp', axes.FSDP_REST)) for i in free if fits(i, parts * rest)]
+  if one or rest == 1:
+    return one[:1]
+  two = [[(i, 'fsdp'), (j, axes.FSDP_REST)] for i, j in itertools.permutations(free, 2)
+         if fits(i, parts) and fits(j, rest)]
+  some = [[(i, axis)] for count, axis in sorted([(parts, 'fsdp'), (rest, axes.FSDP_REST)], reverse=True)
+          for i in free if fits(i, count)]
+  return [*two, *some, []][0]
+
+
+def suited(mesh, state):
+  """A mesh whose `fsdp` axis is made of two where devices can share more of a state's arrays (or shapes) that way.
+
+  As a width of 1920 by 256 devices: no dimension of its square kernels is a multiple of 256, but one is of 128, the
+  other of 2. The devices keep their order, so batches lie as before.
+  """
+  data, fsdp, tensor = mesh.shape.values()
+  halves = [rest for rest in range(2, fsdp) if fsdp % rest == 0]
+  made_of_two = lambda rest: Mesh(
+      mesh.devices.reshape(data, fsdp // rest, rest, tensor), (*axes.BATCH, axes.FSDP_REST, axes.TENSOR),
+      axis_types=(AxisType.Auto,) * 4)
+  return min([mesh, *map(made_of_two, halves)], key=lambda mesh: sum(_bytes(x) for x in _leaves(state, mesh).values()))
+
+
+def _leaves(state, mesh):
+  """{path: shape with its sharding} of a pytree."""
+  return dict(jax.tree_util.tree_flatten_with_path(placed(state, mesh))[0])
+
+
+def _bytes(x):
+  """That one device has of an array."""
+  return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def undivided(state, mesh):
+  """A line on what `fsdp` leaves whole, or in fewer parts than there are devices; None where nothing is to be split."""
+  fsdp, total, sizes = batch_parts(mesh) // mesh.shape['data'], set(), collections.Counter()
+  for path, x in _leaves(state, mesh).items():
+    name = _name(path)
+    if name and x.ndim and not FROZEN.search(name):
+      total.add(name)
+      spec = jax.tree.leaves(tuple(x.sharding.spec))
+      if fsdp > math.prod(mesh.shape[axis] for axis in spec if axis != axes.TENSOR):
+        sizes[name] += _bytes(x)
+  if fsdp == 1 or not sizes:
+    return None
+  named = ', '.join(name for name, _ in sizes.most_common(3)) + (', …' if len(sizes) > 3 else '')
+  return (f'fsdp: {len(sizes)} of {len(total)} parameters are not shared by all {fsdp} devices: '
+          f'{sum(sizes.values()) / 2**20:.3g} MiB on each, with moments and average ({named})')
 
 
 def shardings(tree, mesh):
   """NamedShardings of a pytree of arrays or of their shapes, by the names of its dicts' keys."""
 
   def of(path, leaf):
-    name = '/'.join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
-    return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+    return NamedSharding(mesh, spec_of(_name(path), leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def _name(path):
+  return '/'.join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def placed(shapes, mesh):
@@ -151,7 +212,7 @@ def put_whole(x, mesh):
 
 def per_device(mesh):
   """Sharding of an array with one row for each device."""
-  return NamedSharding(mesh, PartitionSpec(axes.NAMES))
+  return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def put_number(number, mesh):

@@ -173,10 +173,10 @@ def _replace(path, lines):
 
 
 class Mean:
-  """Means of metrics over a stretch of steps; counters (skipped…) keep their last value."""
+  """Means of metrics over those steps of a stretch that have them; counters (skipped…) keep their last value."""
 
   def __init__(self):
-    self._sums, self._count, self._last, self._since = {}, 0, {}, time.monotonic()
+    self._sums, self._counts, self._count, self._last, self._since = {}, {}, 0, {}, time.monotonic()
 
   @contextlib.contextmanager
   def paused(self):
@@ -189,11 +189,12 @@ class Mean:
     metrics = {name: np.asarray(value) for name, value in metrics.items()}
     for name, value in metrics.items():
       self._sums[name] = self._sums.get(name, 0.0) + value
+      self._counts[name] = self._counts.get(name, 0) + 1
     self._last, self._count = metrics, self._count + 1
 
   def take(self):
     """The means since the last call, with `steps_per_second`."""
-    values = {name: total / self._count for name, total in self._sums.items()}
+    values = {name: total / self._counts[name] for name, total in self._sums.items()}
     values |= {name: value for name, value in self._last.items() if name.startswith('skipped')}
     values['steps_per_second'] = self._count / max(time.monotonic() - self._since, 1e-9)
     self.__init__()

@@ -33,6 +33,21 @@ def learning_rate(kind, peak, steps, warmup, start_ratio=0.005, end_ratio=0.1):
   return schedule
 
 
+def joining_later(config, peak, steps, start):
+  """Schedule step of the run -> rate of what begins at step `start`: the run's own, but with a warm-up from there.
+
+  config: `config.optimizer` of the run; peak: in place of its peak_lr.
+  """
+  warmup = round(config.warmup * steps)
+  run = learning_rate(config.schedule, peak, steps, warmup, config.start_ratio, config.end_ratio)
+
+  def schedule(step):
+    warm = jnp.clip((step - start) / max(warmup, 1), 0, 1) if warmup else 1.0
+    return run(jnp.maximum(step, warmup)) * (config.start_ratio + (1 - config.start_ratio) * warm)
+
+  return schedule
+
+
 def weight_decay(start, end, steps):
   """Schedule step -> decay, from start to end by half a cosine."""
   return lambda step: end + (start - end) * (0.5 + 0.5 * jnp.cos(jnp.pi * jnp.clip(step / max(steps - 1, 1), 0, 1)))
