@@ -1,0 +1,37 @@
+"""A fixed choice of a few images of a source, spread over its classes."""
+
+import numpy as np
+
+
+def spread(source, count):
+  """Sorted indices of `count` images of a source, all of them if it has no more: the same in every process and run.
+
+  Each class gives equally many, or all that it has, from even distances in its order. With fewer images than classes,
+  evenly distant classes give one each. Of a source that has no `labels` at hand (tfds, tokens: a label costs a read),
+  evenly distant images are taken, which spreads over the classes of sorted data too.
+  """
+  if count >= len(source):
+    return np.arange(len(source))
+  if not hasattr(source, 'labels'):
+    return _even(len(source), count)
+  _, class_N, sizes = np.unique(source.labels, return_inverse=True, return_counts=True)
+  by_class = np.split(np.argsort(class_N, kind='stable'), np.cumsum(sizes)[:-1])
+  chosen = [members[_even(len(members), share)] for members, share in zip(by_class, _shares(sizes, count))]
+  return np.sort(np.concatenate(chosen))
+
+
+def _shares(sizes, count):
+  """How many images each class gives, `count` together and fewer than there are."""
+  shares = np.zeros_like(sizes)
+  while left := count - shares.sum():
+    open_classes = np.flatnonzero(shares < sizes)
+    if left < len(open_classes):
+      shares[open_classes[_even(len(open_classes), left)]] += 1
+    else:
+      shares = np.minimum(sizes, shares + left // len(open_classes))
+  return shares
+
+
+def _even(many, count):
+  """`count` <= many different indices below `many`: the middles of equal parts."""
+  return (2 * np.arange(count) + 1) * many // (2 * max(count, 1))
