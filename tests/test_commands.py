@@ -18,7 +18,8 @@ from tiny_runs import ROOT, SHORT, train_both
 import var_jax
 from var_jax import workdir as workdir_lib
 from var_jax.__main__ import VERBS, main
-from var_jax.commands import flags, labels, script
+from var_jax import pictures as pictures_lib
+from var_jax.commands import flags, labels, output, reconstruct, script
 from var_jax.errors import UserError, note
 
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
@@ -472,3 +473,74 @@ def test_notes_to_a_terminal_that_is_gone_end_nothing(monkeypatch):
 
   monkeypatch.setattr(sys, 'stderr', Gone())
   note('saved')
+
+
+# --- results that would mix, or be lost ------------------------------------------------------------------------------
+
+
+def test_folder_goes_on_and_takes_no_pictures_of_another_call(generator, tmp_path, monkeypatch, capsys):
+  options = ['sample', f'--workdir={generator}', '--labels=0,3,7', '--seed=1', '--batch_size=4']
+  assert main([*options, '--num=10', f'--out={tmp_path}/straight']) == 0
+  draw, calls = var_jax.model.Model.sample, []
+
+  def twice(*arguments, first, **choices):
+    calls.append(first)
+    if calls == [0, 4]:
+      raise OSError(28, 'No space left on device')
+    return draw(*arguments, first=first, **choices)
+
+  monkeypatch.setattr(var_jax.model.Model, 'sample', twice)
+  assert main([*options, '--num=10', f'--out={tmp_path}/x']) == 2
+  assert main([*options, '--num=10', '--seed=2', f'--out={tmp_path}/x']) == 2 and 'mix' in capsys.readouterr().err
+  assert main([*options, '--num=10', f'--out={tmp_path}/x']) == 0 and calls == [0, 4, 4, 8]
+  kept = {file.name: file.read_bytes() for file in (tmp_path / 'x').iterdir()}
+  assert kept == {file.name: file.read_bytes() for file in (tmp_path / 'straight').iterdir()} and len(kept) == 10
+  assert main([*options, '--num=5', f'--out={tmp_path}/x']) == 2 and 'another --out' in capsys.readouterr().err
+  assert main([*options, '--num=10', '--seed=2', f'--out={tmp_path}/x']) == 0  # replaces all that was there
+  assert not kept.items() & {file.name: file.read_bytes() for file in (tmp_path / 'x').iterdir()}.items()
+
+
+def test_too_many_images_for_a_picture_are_refused_before_they_are_drawn(generator, tmp_path, monkeypatch, capsys):
+  """Of 8 px, each takes 68: a webp has sides of 16,383 pixels."""
+  monkeypatch.setattr(var_jax.model.Model, 'sample', lambda *_, **__: pytest.fail('drawn'))
+  for name, labels, num, most in (('x.webp', '0', 300, 240), ('x.jpg', '0', 1000, 963), ('x.png', 'all', 10**6, None)):
+    assert main(['sample', f'--workdir={generator}', f'--labels={labels}', f'--num={num}',
+                 f'--out={tmp_path / name}']) == 2
+    error = capsys.readouterr().err
+    assert f'{num} images do not fit' in error and (most is None or f', {most} do' in error)
+
+
+def test_largest_sheet_that_fits_can_be_written(tmp_path):
+  for suffix, count in (('.webp', 240), ('.jpg', 963)):
+    output.check_sheet(f'x{suffix}', count, (8, 8), 1)
+    output.save(tmp_path / f'x{suffix}', None, pictures_lib.sheet(np.zeros((count, 8, 8, 3), np.uint8), 1))
+
+
+def test_names_with_dots_are_folders_and_suffixes_have_any_case(generator, tmp_path):
+  options = ['sample', f'--workdir={generator}', '--labels=1', '--num=2']
+  for name in ('cfg1.5', 'run.v2', 'top_p.96'):
+    assert main([*options, f'--out={tmp_path / name}']) == 0 and (tmp_path / name / '000001.png').is_file()
+  assert main([*options, f'--out={tmp_path}/x.NPZ']) == 0 and arrays(tmp_path / 'x.NPZ')['arr_0'].shape == (2, 8, 8, 3)
+  command = ['reconstruct', f'--workdir={generator}']
+  assert main([*command, f'--tokens={tmp_path}/x.NPZ', f'--out={tmp_path}/y.NPZ']) == 0
+  assert (tmp_path / 'y.NPZ').is_file() and main([*command, '--held_out=2', f'--out={tmp_path}/z.PNG']) == 0
+
+
+def test_all_images_that_are_named_are_taken(tokenizer, pictures, tmp_path):
+  first, second = pictures
+  shutil.copy(first, tmp_path / 'a,b.png')
+  assert main(['reconstruct', f'--workdir={tokenizer}', f'--images={first}', f'--images={second},{tmp_path}/a,b.png',
+               f'--images={tmp_path}/a,b.png', f'--out={tmp_path}/x.npz']) == 0
+  assert len(arrays(tmp_path / 'x.npz')['arr_0']) == 4
+
+
+def test_files_are_named_apart_in_little_time():
+  names = reconstruct._names(['x/a.png', 'y/a.png', 'z/a_000001.png', *(f'{i % 25_000}.png' for i in range(50_000))])
+  assert len(set(names)) == len(names) and names[2] == 'a_000001'
+
+
+def test_picture_has_a_row_for_each_label():
+  images = np.repeat(np.arange(5, dtype=np.uint8), 64 * 64 * 3).reshape(5, 64, 64, 3)
+  shown = pictures_lib.sheet(images, rows=2)[34::68, 34::68, 0]
+  assert shown.tolist() == [[0, 2, 4], [1, 3, 255]]
+  assert pictures_lib.sheet(images).shape[:2] == pictures_lib.sheet_size(5, (64, 64))

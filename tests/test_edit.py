@@ -79,11 +79,25 @@ def test_mask_and_box_say_the_same_and_label_and_seed_matter(workdirs, image, tm
     assert not np.array_equal(again['tokens'], box['tokens']), other
 
 
-def test_picture_is_the_edited_image_itself(workdirs, image, tmp_path):
-  options = [f'--workdir={workdirs[1]}', f'--image={image}', '--box=0,0,4,8']
-  assert main(['edit', *options, f'--out={tmp_path / "x.npz"}']) == 0
-  assert main(['edit', *options, f'--out={tmp_path / "x.png"}']) == 0
-  np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'x.png')), arrays(tmp_path / 'x.npz')['arr_0'][0])
+def test_picture_shows_the_original_the_box_and_the_results(workdirs, image, tmp_path):
+  options = ['edit', f'--workdir={workdirs[1]}', f'--image={image}', '--box=0,0,4,8', '--num=2']
+  for out in ('x.npz', 'x.png'):
+    assert main([*options, f'--out={tmp_path / out}']) == 0
+  original, zoom = read_image(image), 8  # small images are enlarged
+  shown = np.asarray(Image.open(tmp_path / 'x.png'))
+  tiles = [shown[2:-2, 68 * i + 2:68 * i + 66][::zoom, ::zoom] for i in range(4)]
+  boxed = original.copy()
+  boxed[:4] = np.where(np.pad(np.ones((2, 6, 1), bool), ((1, 1), (1, 1), (0, 0))), original[:4], (255, 0, 0))
+  for tile, wanted in zip(tiles, (original, boxed, *arrays(tmp_path / 'x.npz')['arr_0'])):
+    np.testing.assert_array_equal(tile, wanted)
+
+
+def test_pasted_pixels_are_those_of_the_original(workdirs, image, tmp_path):
+  plain = edit(workdirs[1], image, tmp_path / 'x.npz', '--box=0,0,4,8')
+  pasted = edit(workdirs[1], image, tmp_path / 'x.npz', '--box=0,0,4,8', '--paste')
+  np.testing.assert_array_equal(pasted['arr_0'][0, 4:], read_image(image)[4:])
+  np.testing.assert_array_equal(pasted['arr_0'][0, :4], plain['arr_0'][0, :4])
+  np.testing.assert_array_equal(pasted['tokens'], plain['tokens'])
 
 
 def test_box_is_in_the_files_pixels(workdirs, image):

@@ -479,3 +479,37 @@ def test_best_of_several_is_what_the_classifier_is_surest_of(workdirs, tmp_path,
     assert main([*command, *options]) == 2
     error = capsys.readouterr().err.strip()
     assert word in error and '\n' not in error
+
+
+# --- images of a data set --------------------------------------------------------------------------------------------
+
+
+def test_unreadable_image_is_skipped_and_each_is_fitted_as_it_is_read(tmp_path):
+  """Of 120 files one is empty; what is kept has the size asked for."""
+  for i in range(120):
+    (tmp_path / f'c{i % 2}').mkdir(exist_ok=True)
+    Image.fromarray(np.full((40, 60, 3), i, np.uint8)).save(tmp_path / f'c{i % 2}/{i:03d}.png')
+  (tmp_path / 'c0/050.png').write_bytes(b'')
+  source = open_source('folder', tmp_path, 'train')
+  images, labels = zip(*image_sets.SourceImages(source, (8, 8)).labelled(16))
+  assert np.concatenate(images).shape == (len(source), 8, 8, 3)
+  assert np.concatenate(labels).tolist() == list(source.labels)
+
+
+def test_gathering_keeps_few_rows_and_all_moments():
+  rng = np.random.default_rng(0)
+  images = image_sets.ArrayImages(rng.integers(0, 256, (100, 4, 4, 3), np.uint8))
+  extractor = fid.Extractor(lambda batch: {'pool': batch.reshape(len(batch), -1)[:, :6].astype('f'),
+                                           'logits': np.zeros((len(batch), 3))})
+  whole, few = fid.gather(images, extractor), fid.gather(images, extractor, most=7)
+  np.testing.assert_allclose(few.pool[1], whole.pool[1])
+  np.testing.assert_array_equal(few.pool_NxD, whole.pool_NxD[np.linspace(0, 99, 7).astype(int)])
+  assert few.logits_NxC is None and len(whole.logits_NxC) == 100
+
+
+def test_identical_sets_have_no_distance():
+  rng = np.random.default_rng(0)
+  extractor = fid.Extractor(lambda batch: {'pool': batch.reshape(len(batch), -1)[:, :6].astype('f')})
+  same = fid.gather(image_sets.ArrayImages(rng.integers(0, 256, (100, 4, 4, 3), np.uint8)), extractor)
+  figures = fid.compare(same, same)
+  assert figures['fid'] < 1e-6 and figures['precision'] == figures['recall'] == 1

@@ -135,6 +135,7 @@ def generator(depth=16):
       per_class=50,          # samples
       inception='',          # weights of the FID Inception; without, a classifier of the training images compares
       resize='tf1',          # for the Inception: tf1 or half_pixel
+      reference='',          # for the Inception: an .npz of statistics or images; without, all training images are read
   )
   return config
 

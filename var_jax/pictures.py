@@ -4,7 +4,15 @@ import numpy as np
 from PIL import Image
 
 
-def grid(tiles_RxCxHxWx3, least=64, gap=2):
+LEAST, GAP = 64, 2  # pixels
+
+
+def names(count, start=0):
+  """Names of the files of images `start` to start + count - 1 in a folder: '000000', ..."""
+  return [f'{i:06d}' for i in range(start, start + count)]
+
+
+def grid(tiles_RxCxHxWx3, least=LEAST, gap=GAP):
   """(rows, columns, H, W, 3) uint8 -> one (height, width, 3) picture; tiles under `least` pixels are enlarged."""
   rows, columns, height, width, _ = tiles_RxCxHxWx3.shape
   zoom = max(1, -(-least // height))
@@ -14,13 +22,36 @@ def grid(tiles_RxCxHxWx3, least=64, gap=2):
   return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * (height * zoom + 2 * gap), -1, 3)
 
 
-def sheet(images_NxHxWx3, columns=0):
-  """(N, H, W, 3) uint8 in reading order -> one picture, nearly square unless `columns` says otherwise."""
+def sheet(images_NxHxWx3, rows=0):
+  """(N, H, W, 3) uint8 -> one picture, nearly square and in reading order.
+
+  rows: or so many, where images come in turn for each: a row for each class, of labels 0, 1, 2, 0, 1, 2, ...
+  """
   count = len(images_NxHxWx3)
-  columns = columns or int(np.ceil(np.sqrt(count)))
-  rows = -(-count // columns)
+  in_turn, (rows, columns) = bool(rows), _shape(count, rows)
   blank = np.full((rows * columns - count, *images_NxHxWx3.shape[1:]), 255, np.uint8)
-  return grid(np.concatenate([images_NxHxWx3, blank]).reshape(rows, columns, *images_NxHxWx3.shape[1:]))
+  tiles = np.concatenate([images_NxHxWx3, blank])
+  shape = (columns, rows) if in_turn else (rows, columns)
+  tiles = tiles.reshape(*shape, *images_NxHxWx3.shape[1:])
+  return grid(tiles.swapaxes(0, 1) if in_turn else tiles)
+
+
+def sheet_size(count, size, rows=0):
+  """(height, width) in pixels of the `sheet` of so many images of size (h, w)."""
+  zoom = max(1, -(-LEAST // size[0]))
+  return tuple(many * (side * zoom + 2 * GAP) for many, side in zip(_shape(count, rows), size))
+
+
+def _shape(count, rows):
+  columns = -(-count // rows) if rows else int(np.ceil(np.sqrt(count)))
+  return rows or -(-count // columns), columns
+
+
+def outlined(image_HxWx3, inside_HxW, colour=(255, 0, 0)):
+  """The image with the edge of a part of it (bool) in a colour: the part's pixels that have a side outside."""
+  around = np.pad(inside_HxW, 1)
+  whole = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+  return np.where((inside_HxW & ~whole)[..., None], np.uint8(colour), image_HxWx3)
 
 
 def save(path, image_HxWx3):

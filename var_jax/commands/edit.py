@@ -24,21 +24,28 @@ def main(arguments):
   parser.add_argument('--mode', choices=['inpaint', 'outpaint'], default='inpaint',
                       help='inpaint draws the box (or white) anew, outpaint all else (default inpaint)')
   parser.add_argument('--label', metavar='L', help='class of the new part, a number or a name (default: none)')
+  parser.add_argument('--paste', action='store_true', help='put the pixels that are kept back from the original, which '
+                      'the decoder would change a little (default: off, as published)')
   parser.add_argument('--num', type=int, default=1, metavar='N', help='versions (default 1)')
   parser.add_argument('--seed', type=int, default=0, metavar='S')
   flags.add_choices(parser)
-  parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='picture, arrays, or a folder')
+  parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='a picture of the original, the '
+                      'part that is drawn anew and the results; arrays, or a folder of the results')
   options = parser.parse_args(arguments)
   flags.in_range('--num', options.num, 1)
   flags.in_range('--seed', options.seed, 0, 2**32 - 1)
   image = read_image(options.image)
   inside = _inside(options, image.shape[:2])
   output.check(options.out, filter(None, [options.image, options.mask]))
+  if not output.suffix(options.out):
+    output.check_folder(options.out, pictures.names(options.num))
   labels = options.label and labels_lib.one_of_workdir(options.label, options.workdir) * options.num
 
   from var_jax.model import load
 
   model = load(options.workdir)
+  if output.suffix(options.out) in output.PICTURES:
+    output.check_sheet(options.out, options.num + 2, model.tokenizer.image_size, rows=1)
   image, inside = fit(image, model.tokenizer.image_size, enlarge=1), _fit_mask(inside, model.tokenizer.image_size)
   redraw = inside if options.mode == 'inpaint' else ~inside
   if not redraw.any() or redraw.all():
@@ -46,8 +53,9 @@ def main(arguments):
                     f'{"draw anew" if not redraw.any() else "keep"}: choose another box or mask')
   edited = model.edit(np.repeat(image[None], options.num, 0), np.repeat(redraw[None], options.num, 0), labels,
                       options.seed, progress=True, **flags.choices(options))
-  picture = edited.images[0] if options.num == 1 else pictures.sheet(edited.images)
-  output.save(options.out, edited.images, picture, labels=edited.labels, tokens=edited.tokens)
+  images = np.where(redraw[..., None], edited.images, image) if options.paste else edited.images
+  picture = pictures.grid(np.stack([image, pictures.outlined(image, inside), *images])[None])
+  output.save(options.out, images, picture, labels=edited.labels, tokens=edited.tokens)
   print(f'{options.num} edited image{"s" if options.num > 1 else ""} in {options.out}')
 
 

@@ -55,17 +55,21 @@ def run(options, out):
   names = ('workdir', 'samples', 'reference', 'data', 'weights', 'resize', 'per_class', 'seed', 'batch_size')
   lpips_weights = tuple(paths.split(options.lpips_weights)) if options.lpips_weights else ()
   points = tuple(grid.parse(options.grid)) if options.grid else ()
-  figures = figures_of(Request(
+
+  def done(figures):
+    if not processes.is_first():
+      return
+    text = json.dumps(figures, indent=2)
+    print(text)
+    output.save_text(out, text + '\n')
+    print(f'written to {out}', file=sys.stderr)
+    if points:
+      print(grid.table(points, figures['grid']), file=sys.stderr)
+      grid.plot(out.with_suffix('.png'), points, figures['grid'])
+
+  figures_of(Request(
       **{name: getattr(options, name) for name in names}, folder=_folder(options, out), lpips_weights=lpips_weights,
-      inception=options.features == 'inception', choices=flags.choices(options), grid=points))
-  if not processes.is_first():
-    return
-  if points:
-    print(grid.table(points, figures['grid']), file=sys.stderr)
-    grid.plot(out.with_suffix('.png'), points, figures['grid'])
-  output.save_text(out, json.dumps(figures, indent=2) + '\n')
-  print(json.dumps(figures, indent=2))
-  print(f'written to {out}', file=sys.stderr)
+      inception=options.features == 'inception', choices=flags.choices(options), grid=points), done)
 
 
 def _folder(options, out):

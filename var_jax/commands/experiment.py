@@ -17,7 +17,7 @@ import var_jax
 from var_jax import configs, paths
 from var_jax.errors import UserError, did_you_mean, note
 
-PATHS = ('data.path', 'tokenizer', 'start_from', 'measure.inception')  # settings that are a path
+PATHS = ('data.path', 'tokenizer', 'start_from', 'measure.inception', 'measure.reference')  # settings that are a path
 PATH_LISTS = ('loss.lpips_weights',)  # or several, FILE,FILE
 PREFIX = '--config.'
 

@@ -5,9 +5,23 @@ import pathlib
 import numpy as np
 
 from var_jax import pictures
+from var_jax.data.files import SUFFIXES, image_files
+from var_jax.data.images import MAX_PIXELS
 from var_jax.errors import UserError
 
-PICTURES = ('.png', '.jpg', '.jpeg', '.webp')
+LONGEST_SIDE = {'.png': 2**31 - 1, '.jpg': 65_500, '.jpeg': 65_500, '.webp': 16_383}  # pixels that a format can store
+PICTURES = tuple(LONGEST_SIDE)
+OTHERS = (*SUFFIXES, '.avif', '.jxl', '.pdf', '.svg', '.npy', '.json', '.txt', '.zip', '.safetensors', '.mp4')
+
+
+def suffix(out):
+  """'.npz' or a picture's suffix, in small letters; '' for a folder, such as cfg1.5. UserError for other files."""
+  found = pathlib.Path(out).suffix.lower()
+  if found in (*PICTURES, '.npz'):
+    return found
+  if found in OTHERS and not pathlib.Path(out).is_dir():
+    raise UserError(f'--out={out} has a suffix that is not known: use {", ".join(PICTURES)}, .npz, or a folder')
+  return ''
 
 
 def check(out, inputs=()):
@@ -16,13 +30,36 @@ def check(out, inputs=()):
   for file in map(pathlib.Path, inputs):
     if path.resolve() in (file.resolve(), file.resolve().parent):
       raise UserError(f'--out={out} would replace {file}, which is read: choose another --out')
-  if path.suffix.lower() not in (*PICTURES, '.npz', ''):
-    raise UserError(f'--out={out} has a suffix that is not known: use .png, .npz, or a folder without one')
-  if path.suffix and path.is_dir():
+  is_file = bool(suffix(out))
+  if is_file and path.is_dir():
     raise UserError(f'--out={out} is a folder: name a file')
-  if not path.suffix and path.is_file():
+  if not is_file and path.is_file():
     raise UserError(f'--out={out} is a file: name a folder, or use a suffix such as .png')
-  make_folder(path.parent if path.suffix else path)
+  make_folder(path.parent if is_file else path)
+
+
+def check_sheet(out, count, size, rows=0):
+  """UserError when a `pictures.sheet` of `count` images of size (h, w) is too large for one file of this kind."""
+  side = LONGEST_SIDE[suffix(out)]
+
+  def fits(count):
+    height, width = pictures.sheet_size(count, size, rows)
+    return max(height, width) <= side and height * width <= MAX_PIXELS
+
+  if not fits(count):
+    most, too_many = 0, count
+    while too_many - most > 1:
+      middle = (most + too_many) // 2
+      most, too_many = (middle, too_many) if fits(middle) else (most, middle)
+    raise UserError(f'{count} images do not fit into one {suffix(out)} file, {most} do: use --out=X.npz or a folder')
+
+
+def check_folder(out, names):
+  """UserError when a folder holds pictures that would not be replaced by those of these names."""
+  others = [file.name for file in image_files(out) if file.name not in {f'{name}.png' for name in names}]
+  if others:
+    raise UserError(f'{out} holds other pictures, such as {others[0]}, and two results would mix: choose another '
+                    '--out, or remove them')
 
 
 def make_folder(folder, flag='--out'):
@@ -42,12 +79,12 @@ def save(out, images_NxHxWx3, picture, *, names=None, **arrays):
   disk is full.
   """
   path = pathlib.Path(out)
-  if path.suffix.lower() == '.npz':
+  if suffix(out) == '.npz':
     save_arrays(path, arr_0=images_NxHxWx3, **arrays)
-  elif path.suffix:
+  elif suffix(out):
     _whole(path, lambda part: pictures.save(part, picture))
   else:
-    for name, image in zip(names or [f'{i:06d}' for i in range(len(images_NxHxWx3))], images_NxHxWx3):
+    for name, image in zip(names or pictures.names(len(images_NxHxWx3)), images_NxHxWx3):
       _whole(path / f'{name}.png', lambda part: pictures.save(part, image))
 
 
@@ -58,7 +95,12 @@ def save_text(path, text):
 
 def save_arrays(path, **arrays):
   """Writes an .npz, whole or not at all."""
-  _whole(pathlib.Path(path), lambda part: np.savez(part, **arrays))
+
+  def write(part):
+    with part.open('wb') as file:  # given a path, numpy adds .npz where it ends in .NPZ
+      np.savez(file, **arrays)
+
+  _whole(pathlib.Path(path), write)
 
 
 def _whole(path, write):

@@ -4,13 +4,14 @@ import pathlib
 
 import numpy as np
 
-from var_jax import pictures, progress
+from var_jax import pictures
 from var_jax.commands import flags, output
 from var_jax.commands import labels as labels_lib
 from var_jax.errors import UserError
 from var_jax.training import processes
 
 EXAMPLE = 'var-jax sample --workdir=runs/digits/generator --labels=0,3,7 --num=9 --cfg=1.5 --out=digits.png'
+MOST_ROWS = 20  # or columns: more classes fill a square
 
 
 def main(arguments):
@@ -29,7 +30,8 @@ def main(arguments):
   parser.add_argument('--low_memory', action='store_true', help='decode image after image')
   parser.add_argument('--bfloat16', action='store_true', help="keep the generator's kernels in bfloat16: half of their "
                       'memory, slightly other images')
-  parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='one picture, arrays, or a folder')
+  parser.add_argument('--out', required=True, metavar='X.png|X.npz|DIR', help='one picture, with a row for '
+                      'each label; arrays; or a folder, of which the same call draws what is missing')
   flags.add_distributed(parser)
   options = parser.parse_args(arguments)
   flags.in_range('--num', options.num, 1)
@@ -46,7 +48,7 @@ def main(arguments):
 
 def run(options):
   """Draws and writes what the flags say; of several processes the first writes."""
-  from var_jax.evaluation.drawing import draw
+  from var_jax.evaluation.drawing import draw, draw_to_folder
   from var_jax.evaluation.rejection import Rejecting
   from var_jax.model import load
 
@@ -57,19 +59,21 @@ def run(options):
   first = processes.is_first()
   labels = np.resize(asked, options.num or len(asked))
   out, choices = pathlib.Path(options.out), flags.choices(options)
-  if out.suffix.lower() == '.npz':
+  if output.suffix(out) == '.npz':
     draw(model, labels, options.seed, out, choices, options.batch_size)
-  elif out.suffix:
-    images = model.sample(labels, options.seed, batch_size=options.batch_size, progress=True, **choices).images
-    columns = min(len(asked if options.labels else labels), len(labels))  # labels come in turn: a column each
+  elif output.suffix(out):
+    rows = _rows(len(asked), len(labels))
+    output.check_sheet(out, len(labels), model.tokenizer.image_size, rows)
+    images = model.sample(labels, options.seed, batch_size=options.batch_size, progress=first, **choices).images
     if first:
-      output.save(out, images, pictures.sheet(images, columns if columns <= 20 else 0))
+      output.save(out, images, pictures.sheet(images, rows))
   else:
-    for start in progress.bar(range(0, len(labels), options.batch_size), title='sampling', unit='batch', show=first):
-      some = np.resize(labels[start:start + options.batch_size], min(options.batch_size, len(labels)))
-      images = model.sample(some, options.seed, first=start, batch_size=options.batch_size, **choices).images
-      names = [f'{i:06d}' for i in range(start, min(start + options.batch_size, len(labels)))]
-      if first:
-        output.save(out, images[:len(names)], None, names=names)
+    draw_to_folder(model, labels, options.seed, out, choices, options.batch_size)
   if first:
     print(f'{len(labels)} images in {out}')
+
+
+def _rows(asked, count):
+  """Rows of the picture: one for each label that was asked for, or for all images where they have one each; 0: any."""
+  rows = asked if count > asked else 1
+  return rows if max(rows, min(count, asked)) <= MOST_ROWS else 0

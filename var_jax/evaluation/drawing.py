@@ -1,4 +1,4 @@
-"""Many samples to an .npz, batch by batch: in constant memory, and going on where an interrupted call stopped."""
+"""Many samples to an .npz or a folder, batch by batch: in constant memory, and going on where a call stopped."""
 
 import hashlib
 import json
@@ -9,7 +9,9 @@ import zipfile
 
 import numpy as np
 
+from var_jax import pictures
 from var_jax import progress as progress_lib
+from var_jax.data.files import image_files
 from var_jax.errors import UserError, note
 from var_jax.model import check_choices
 from var_jax.training import processes
@@ -23,7 +25,9 @@ def draw(model, labels_N, seed, out, choices, batch_size=64):
   """
   out, labels_N = pathlib.Path(out), model.check_labels(labels_N)
   check_choices(**{name: choices[name] for name in ('cfg', 'top_k', 'top_p', 'temperature')})
-  part, identity = out.with_name(f'.{out.name}.part'), _identity(model, labels_N, seed, choices, batch_size)
+  part, identity = out.with_name(f'.{out.name}.part'), ''
+  if len(labels_N) > batch_size:  # what is done in one go cannot be taken up
+    identity = _identity(model, labels_N, seed, choices, batch_size)
   if not processes.is_first():
     for _ in _batches(model, labels_N, seed, choices, batch_size, int(processes.from_first(0))):
       pass
@@ -44,6 +48,50 @@ def draw(model, labels_N, seed, out, choices, batch_size=64):
   finally:
     if not (part / 'progress.json').exists():  # nothing that could be taken up
       shutil.rmtree(part, ignore_errors=True)
+
+
+def draw_to_folder(model, labels_N, seed, folder, choices, batch_size=64):
+  """Writes 000000.png and so on into a folder, drawn by `Model.sample`; what `draw` says of its arguments holds.
+
+  A folder that is not whole yet says in .drawn.json which call it is of: the same call goes on there. UserError for an
+  unfinished one of another call, for pictures that would not be replaced, and when the disk is full.
+  """
+  folder, labels_N = pathlib.Path(folder), model.check_labels(labels_N)
+  check_choices(**{name: choices[name] for name in ('cfg', 'top_k', 'top_p', 'temperature')})
+  progress, identity = folder / '.drawn.json', _identity(model, labels_N, seed, choices, batch_size)
+  first, count = processes.is_first(), len(labels_N)
+  done = int(processes.from_first(_done_in_folder(folder, progress, identity, count) if first else 0))
+  if done:
+    note(f'{done} of {count} images are drawn already')
+  try:
+    if first:
+      _write(progress, {'identity': identity, 'done': done})
+    with progress_lib.bar(title='sampling', unit='image', total=count, initial=done, show=first) as bar:
+      for start, end, drawn in _batches(model, labels_N, seed, choices, batch_size, done):
+        if first:
+          for name, image in zip(pictures.names(end - start, start), drawn.images):
+            pictures.save(folder / f'.{name}.png', image)
+            (folder / f'.{name}.png').replace(folder / f'{name}.png')
+          _write(progress, {'identity': identity, 'done': end})
+        bar.update(end - start)
+    if first:
+      progress.unlink()
+  except OSError as error:
+    raise UserError(f'could not write to {folder} ({error.strerror or error}): free some space and run the same '
+                    'command again, it goes on where it stopped') from error
+
+
+def _done_in_folder(folder, progress, identity, count):
+  """How many images the same call has drawn into a folder. UserError when its pictures are others."""
+  done, there = _done(progress, identity), {file.name for file in image_files(folder)}
+  others = there - {f'{name}.png' for name in pictures.names(count)}
+  if progress.exists() and _record(progress).get('identity') != identity:
+    others = there
+  if others:
+    raise UserError(f'{folder} holds pictures of another call, such as {min(others)}, and two results would mix: '
+                    'choose another --out, or remove them')
+  missing = (i for i, name in enumerate(pictures.names(done)) if f'{name}.png' not in there)
+  return next(missing, done)  # of pictures that were removed, the first is drawn again, and all that follow
 
 
 def _draw(model, labels_N, seed, part, choices, batch_size, identity):
@@ -104,19 +152,22 @@ class _Rows:
 
 def _identity(model, labels_N, seed, choices, batch_size):
   """A text that is the same for calls that draw the same."""
-  if len(labels_N) <= batch_size:
-    return ''  # done in one go, there is nothing to take up
   labels = hashlib.sha256(labels_N.tobytes()).hexdigest()[:12]
   return f'{model.identity} {labels} {seed} {sorted(choices.items())} {batch_size}'
 
 
 def _done(progress, identity):
   """How many images an earlier call of the same identity has drawn."""
+  found = _record(progress)
+  return found['done'] if identity and found.get('identity') == identity else 0
+
+
+def _record(progress):
   try:
     found = json.loads(progress.read_text())
   except (OSError, ValueError):
-    return 0
-  return found['done'] if identity and found.get('identity') == identity else 0
+    return {}
+  return found if isinstance(found, dict) and isinstance(found.get('done'), int) else {}
 
 
 def _write(path, content):

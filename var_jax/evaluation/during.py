@@ -20,7 +20,10 @@ def measure(stage, config, workdir):
   size = stage.tokenizer.image_size
   if options.inception:
     extractor = fid.inception_extractor(options.inception, options.resize)
-    reference = run.own_reference(workdir, config, size, extractor, options.inception, options.resize)
+    if options.reference:
+      reference = run.reference_of(options.reference, extractor)
+    else:
+      reference = run.own_reference(workdir, config, size, extractor, options.inception, options.resize)
     compare = lambda images: fid.compare(fid.gather(ArrayImages(images), extractor), reference)
   else:
     real = classes.RealImages(config, size)

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from var_jax import progress
-from var_jax.errors import UserError
+from var_jax.errors import UserError, note
 from var_jax.evaluation import frechet, inception, measures
 from var_jax.training import mesh as mesh_lib
 
 PER_DEVICE = 32  # images at a time, at most
+FEW = 2048  # features of the FID Inception: the covariance of fewer images is singular
 
 
 class Extractor(NamedTuple):
@@ -63,12 +64,17 @@ def judge_extractor(judge):
 
 
 class Gathering:
-  """Takes in `count` images batch by batch and gives a `Gathered`. batch_size: what the features are computed in."""
+  """Takes in `count` images batch by batch and gives a `Gathered`. batch_size: what the features are computed in.
 
-  def __init__(self, extractor, count):
+  most: None to keep a row for each image; else so many rows at most, evenly distant, and no logits.
+  """
+
+  def __init__(self, extractor, count, most=None):
     devices = extractor.devices
     self.batch_size = min(PER_DEVICE, -(-count // devices)) * devices
-    self._extractor, self._moments, self._rows = extractor, {}, {}
+    self._extractor, self._moments, self._rows, self._taken, self._kept = extractor, {}, {}, 0, None
+    if most is not None:
+      self._kept = np.linspace(0, count - 1, min(count, most)).astype(int)
 
   def add(self, images_BxHxWx3):
     """uint8 images, any number of them."""
@@ -80,8 +86,12 @@ class Gathering:
         features = features[:len(batch)]
         if name != 'logits':
           self._moments.setdefault(name, frechet.Moments()).add(features)
-        if name != 'spatial':
+        if name == 'pool' and self._kept is not None:
+          inside = self._kept[(self._kept >= self._taken) & (self._kept < self._taken + len(batch))]
+          features = features[inside - self._taken]
+        if name == 'pool' or name == 'logits' and self._kept is None:
           self._rows.setdefault(name, []).append(features)
+      self._taken += len(batch)
 
   def result(self):
     """`Gathered`; UserError for fewer than 2 images."""
@@ -97,10 +107,13 @@ def check_count(images):
     raise UserError(f'{images.count} image(s) are too few to evaluate: give at least 2, better 10,000')
 
 
-def gather(images, extractor, title='images'):
-  """Reads an image set (see `image_sets`) once, batch by batch: `Gathered`. UserError for fewer than 2 images."""
+def gather(images, extractor, title='images', most=None):
+  """Reads an image set (see `image_sets`) once, batch by batch: `Gathered`. UserError for fewer than 2 images.
+
+  most: see `Gathering`.
+  """
   check_count(images)
-  gathering = Gathering(extractor, images.count)
+  gathering = Gathering(extractor, images.count, most)
   with progress.bar(title=title, unit='image', total=images.count) as bar:
     for batch in images.batches(gathering.batch_size):
       gathering.add(batch)
@@ -113,7 +126,7 @@ def read_statistics(path):
 
   UserError for statistics that are none: other shapes, NaN.
   """
-  if pathlib.Path(path).suffix != '.npz' or not pathlib.Path(path).is_file():
+  if pathlib.Path(path).suffix.lower() != '.npz' or not pathlib.Path(path).is_file():
     return None
   try:
     with np.load(path) as file:
@@ -140,7 +153,16 @@ def write_statistics(path, gathered):
   arrays = dict(zip(('mu', 'sigma'), gathered.pool)) | {'pool': gathered.pool_NxD}
   if gathered.spatial:
     arrays |= dict(zip(('mu_s', 'sigma_s'), gathered.spatial))
-  np.savez(path, **arrays)
+  part = pathlib.Path(path).with_name(f'.part_{pathlib.Path(path).name}')
+  with part.open('wb') as file:
+    np.savez(file, **arrays)
+  part.replace(path)
+
+
+def note_few(count, what='samples'):
+  """Says so where a FID is of fewer images than its features."""
+  if count < FEW:
+    note(f'FID of {count} {what}: below {FEW:,} it depends on their number, so compare it with figures of as many only')
 
 
 def compare(samples, reference):

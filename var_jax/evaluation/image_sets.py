@@ -4,13 +4,15 @@
     for batch in images.batches(64): ...     # (<=64, H, W, 3) uint8
 """
 
+import contextlib
 import pathlib
 import zipfile
 import zlib
 
 import numpy as np
 
-from var_jax.data.images import UnreadableImage, fit, read_image
+from var_jax.data import pipeline
+from var_jax.data.images import read_image, to_uint8
 from var_jax.data.sources import SUFFIXES, image_files
 from var_jax.errors import UserError
 
@@ -114,21 +116,41 @@ class ArrayImages:
 
 
 class SourceImages:
-  """The images of a data source (see `data.sources`), fitted to one size; unreadable ones are left out."""
+  """Images of a data source (see `data.sources`), whole and fitted to one size: each as it is read.
 
-  def __init__(self, source, size):
-    self._source, self.count, self.size = source, len(source), tuple(size)
+  index: which ones, None for all; workers: processes that decode, 0 for threads. In place of an unreadable image comes
+  the next one, as in training.
+  """
+
+  def __init__(self, source, size, index=None, workers=0):
+    self._source = source if index is None else Subset(source, index)
+    self.count, self.size, self._workers = len(self._source), tuple(size), workers
 
   def batches(self, size):
     """Yields (<=size, H, W, 3) arrays in order."""
-    images = []
-    for i in range(self.count):
-      try:
-        images.append(fit(self._source[i][0], self.size, enlarge=1))
-      except UnreadableImage:
-        continue
-      if len(images) == size:
-        yield np.stack(images)
-        images = []
-    if images:
-      yield np.stack(images)
+    for images, _ in self.labelled(size):
+      yield images
+
+  def labelled(self, size):
+    """Yields ((<=size, H, W, 3) uint8, (<=size,) int32 labels) in order."""
+    batches = pipeline.eval_batches(
+        self._source, batch_size=min(size, self.count), size=self.size, enlarge=1, workers=self._workers)
+    with contextlib.closing(batches):
+      for batch in batches:
+        real = batch['mask'] > 0
+        images = batch['image'][real]
+        yield images if images.dtype == np.uint8 else to_uint8(images), batch['label'][real]
+
+
+class Subset:
+  """The images of a source at the positions `index`, as a source."""
+
+  def __init__(self, source, index):
+    self._source, self._index = source, np.asarray(index)
+    self.class_names, self.total = source.class_names, source.total
+
+  def __len__(self):
+    return len(self._index)
+
+  def __getitem__(self, position):
+    return self._source[int(self._index[position])]

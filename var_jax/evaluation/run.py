@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from var_jax import workdir as workdir_lib
-from var_jax.data.sources import moved, open_source
+from var_jax.data.sources import identity, moved, open_source
 from var_jax.errors import UserError, note
 from var_jax.evaluation import classes, fid, grid, inception, likelihood, reconstruction, report
 from var_jax.evaluation.drawing import draw
@@ -21,6 +21,7 @@ from var_jax.tokenizer import lpips
 from var_jax.training import processes
 
 KEPT_ROWS = 10_000  # of a data set's features, for precision and recall
+REFERENCES = 2  # counts up when the code gives a data set other statistics
 
 
 class Request(NamedTuple):
@@ -47,11 +48,11 @@ class Request(NamedTuple):
   grid: tuple = ()
 
 
-def figures_of(request):
+def figures_of(request, done=lambda figures: None):
   """{name: number or text}. Raises UserError for what cannot be compared.
 
   With a grid: {'figure': the name that points are compared by, 'best': row, 'grid': rows}. A workdir's model gets a
-  `report.html`.
+  `report.html`. done: called with the figures before that, so that they are safe whatever happens to the report.
   """
   config = workdir_lib.read_config(request.workdir) if request.workdir else None
   if request.data:
@@ -62,7 +63,9 @@ def figures_of(request):
   _check_sizes(samples, request)
   if samples is not None:
     labels = _labels(request.samples, samples.count)
-    return _comparison(request, config, samples.size)(samples, labels)
+    figures = _comparison(request, config, samples.size)(samples, labels)
+    done(figures)
+    return figures
   model = load(request.workdir)
   if config.stage == 'tokenizer':
     figures, drawn = _of_tokenizer(request, config, model), None
@@ -70,12 +73,25 @@ def figures_of(request):
     compare = _comparison(request, config, model.tokenizer.image_size)
     if request.grid:
       rows = [point | _of_drawn(request, model, compare, request.choices | point)[0] for point in request.grid]
-      return {'figure': grid.figure_of(rows), 'best': grid.best(rows), 'grid': rows}
+      figures = {'figure': grid.figure_of(rows), 'best': grid.best(rows), 'grid': rows}
+      done(figures)
+      return figures
     figures, drawn = _of_drawn(request, model, compare, request.choices)
     if request.reference and not _has_data(config):  # a converted model may be evaluated without its data set
+      done(figures)
       return figures
-    figures = likelihood.figures(model, config, request.batch_size) | figures
-  report.write(request.folder, request.workdir, model, config, figures, drawn)
+    try:
+      figures = likelihood.figures(model, config, request.batch_size) | figures
+    except UserError as error:
+      note(f'no loss on held-out images: {error}')
+  done(figures)
+  try:
+    path = report.write(request.folder, request.workdir, model, config, figures, drawn)
+  except (UserError, OSError) as error:
+    note(f'no report: {error}')
+  else:
+    if processes.is_first():
+      note(f'report: {path}')
   return figures
 
 
@@ -112,14 +128,21 @@ def _comparison(request, config, size):
   if not request.inception:
     real = classes.RealImages(config, size)
     judge = classes.find_judge(real, request.folder)
-    return lambda images, labels: classes.figures(judge, real, np.concatenate(list(images.batches(1024))), labels)
+    return lambda images, labels: classes.figures(
+        judge, real, np.concatenate(list(images.batches(1024))), labels, by_name=not request.grid)
   extractor = fid.inception_extractor(request.weights, request.resize)
   if request.reference:
-    reference = _reference(request.reference, extractor)
+    reference = reference_of(request.reference, extractor)
   else:
     reference = own_reference(request.folder, config, size, extractor, request.weights, request.resize)
-  return lambda images, labels: {'samples': images.count, 'resize': request.resize} | fid.compare(
-      fid.gather(images, extractor, 'samples'), reference)
+
+  def compare(images, labels):
+    del labels
+    fid.note_few(images.count)
+    return {'samples': images.count, 'resize': request.resize} | fid.compare(
+        fid.gather(images, extractor, 'samples'), reference)
+
+  return compare
 
 
 def _labels(path, count):
@@ -157,7 +180,7 @@ def _check_sizes(samples, request):
                       'of one size')
 
 
-def _reference(path, extractor):
+def reference_of(path, extractor):
   """Gathered of an .npz of statistics, of images or of both, or of a folder."""
   statistics = fid.read_statistics(path)
   if statistics and statistics.pool[0].shape != (inception.FEATURES,):
@@ -174,16 +197,16 @@ def _reference(path, extractor):
 
 def own_reference(folder, config, size, extractor, weights, resize):
   """Gathered of the training images of a config's data, kept in a folder. weights, resize: the extractor's."""
-  file = pathlib.Path(weights).stat()
-  key = [config.data.source, config.data.path, list(size), resize, file.st_size, file.st_mtime_ns]
+  source = open_source(config.data.source, config.data.path, 'train')
+  with open(weights, 'rb') as file:
+    network = hashlib.file_digest(file, 'sha256').hexdigest()
+  key = [REFERENCES, identity(source), list(size), resize, network]
   name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
   path = pathlib.Path(folder) / f'reference_{name}.npz'
   if (kept := fid.read_statistics(path)) is not None:
     return kept
-  source = open_source(config.data.source, config.data.path, 'train')
-  reference = fid.gather(SourceImages(source, size), extractor, 'reference')
-  rows = np.linspace(0, reference.count - 1, min(reference.count, KEPT_ROWS)).astype(int)
-  reference = reference._replace(pool_NxD=reference.pool_NxD[rows])
+  images = SourceImages(source, size, workers=config.data.workers)
+  reference = fid.gather(images, extractor, 'reference', most=KEPT_ROWS)
   if processes.is_first():
     fid.write_statistics(path, reference)
   return reference
