@@ -1,4 +1,4 @@
-"""Imported first by the Python scripts of this folder: begins them anew with the repository's .venv, where var_jax is."""
+"""Imported first by the Python scripts of this folder: begins them anew with the .venv that has var_jax."""
 
 import importlib.util
 import os

@@ -503,8 +503,8 @@ def test_folder_goes_on_and_takes_no_pictures_of_another_call(generator, tmp_pat
 def test_too_many_images_for_a_picture_are_refused_before_they_are_drawn(generator, tmp_path, monkeypatch, capsys):
   """Of 8 px, each takes 68: a webp has sides of 16,383 pixels."""
   monkeypatch.setattr(var_jax.model.Model, 'sample', lambda *_, **__: pytest.fail('drawn'))
-  for name, labels, num, most in (('x.webp', '0', 300, 240), ('x.jpg', '0', 1000, 963), ('x.png', 'all', 10**6, None)):
-    assert main(['sample', f'--workdir={generator}', f'--labels={labels}', f'--num={num}',
+  for name, classes, num, most in (('x.webp', '0', 300, 240), ('x.jpg', '0', 1000, 963), ('x.png', 'all', 10**6, None)):
+    assert main(['sample', f'--workdir={generator}', f'--labels={classes}', f'--num={num}',
                  f'--out={tmp_path / name}']) == 2
     error = capsys.readouterr().err
     assert f'{num} images do not fit' in error and (most is None or f', {most} do' in error)

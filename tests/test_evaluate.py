@@ -45,7 +45,7 @@ def test_inception_score_of_known_distributions():
 
 
 def test_inception_score_does_not_depend_on_the_order_of_images():
-  """Samples are drawn class by class: splits in order would hold a tenth of the classes each, and score as much less."""
+  """Samples are drawn class by class: splits in order hold a tenth of the classes each, and score as much less."""
   rng = np.random.default_rng(0)
   by_class = 8 * np.eye(50, dtype=np.float32)[np.repeat(np.arange(50), 20)] + rng.normal(size=(1000, 50)).astype('f')
   scores = [measures.inception_score(rows, split=100) for rows in
@@ -492,8 +492,13 @@ def test_unreadable_image_is_skipped_and_each_is_fitted_as_it_is_read(tmp_path):
   (tmp_path / 'c0/050.png').write_bytes(b'')
   source = open_source('folder', tmp_path, 'train')
   images, labels = zip(*image_sets.SourceImages(source, (8, 8)).labelled(16))
-  assert np.concatenate(images).shape == (len(source), 8, 8, 3)
-  assert np.concatenate(labels).tolist() == list(source.labels)
+  assert np.concatenate(images).shape == (len(source) - 1, 8, 8, 3)
+  assert np.bincount(np.concatenate(labels)).tolist() == (np.bincount(source.labels) - [1, 0]).tolist()
+  extractor = fid.Extractor(None, mesh_lib.make_mesh(), lambda batch: {
+      'pool': batch['image'].reshape(len(batch['image']), -1)[batch['mask'] > 0, :6].astype('f')})
+  gathered = fid.gather_source(source, (8, 8), extractor, most=5)
+  assert gathered.count == len(source) - 1 and 4 <= len(gathered.pool_NxD) <= 5
+  np.testing.assert_allclose(gathered.pool[0], np.concatenate(images).reshape(len(source) - 1, -1)[:, :6].mean(0))
 
 
 def test_gathering_keeps_few_rows_and_all_moments():

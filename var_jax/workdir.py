@@ -28,8 +28,8 @@ RUN_ONLY = (  # free to change when a run is resumed
     'log_every', 'eval_every', 'eval_images', 'pictures_every', 'checkpoint_every', 'keep', 'keep_every', 'best',
     'steps', 'epochs', 'max_skipped_in_row', 'measure.every', 'measure.per_class', 'measure.inception',
     'measure.resize', 'measure.reference', 'sample.cfg', 'sample.top_k', 'sample.top_p', 'data.workers', 'data.threads',
-    'data.path', 'tokenizer', 'start_from', 'loss.lpips_weights', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'accumulate', 'remat',
-    'attention')
+    'data.path', 'tokenizer', 'start_from', 'loss.lpips_weights', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'accumulate',
+    'remat', 'attention')
 CONSEQUENCES = {
     'accumulate': ': the batches stay, but what is drawn at random in a step is drawn for each slice'}
 ARGUMENTS = ('model', 'sample', 'mesh', 'scale_weights')  # sections that are handed on whole: no setting too many

@@ -150,9 +150,9 @@ class Batches:
 def _parallel(rows, count, whole, image_bytes, workers, threads):
   """Grain iterator dataset that makes batches ahead, in order: in `workers` processes, or in threads for 0.
 
-  Threads make some images at a time, a piece of a batch, so that a large batch is made by as many as a small one. Memory
-  is that of two batches of images (BYTES_AHEAD at most, but a piece for each thread), of the batch itself, and of what
-  each thread decodes. whole: leaves out a last batch with fewer rows.
+  Threads make some images at a time, a piece of a batch, so that as many work on a large batch as on a small one.
+  Memory is that of two batches of images (BYTES_AHEAD at most, but a piece for each thread), of the batch itself, and
+  of what each thread decodes. whole: leaves out a last batch with fewer rows.
   """
   if workers:
     # A worker makes one batch after the other and keeps two ready; batches are dealt to the workers in turn.

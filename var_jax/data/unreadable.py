@@ -16,11 +16,11 @@ class Unreadable:
     return len(self._seen)
 
   def add(self, source, indices, reason):
-    """Counts images of a source. reason: index -> what is wrong. UserError when they are too many for `source.total`."""
+    """Counts images of a source. reason: index -> what is wrong. UserError for too many of `source.total`."""
     for index in map(int, indices):
       self._seen[id(source), index] = source
       if self.first is None:
         self.first = f'number {index}, {reason(index)}'
     if len(self) > max(1, MAX_SHARE * source.total):
-      raise UserError(f'{len(self)} images are unreadable, more than {MAX_SHARE:.0%} of the {source.total} of the whole '
-                      f'set; the first: {self.first}')
+      raise UserError(f'{len(self)} images are unreadable, more than {MAX_SHARE:.0%} of the {source.total} of the '
+                      f'whole set; the first: {self.first}')

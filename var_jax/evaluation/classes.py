@@ -62,7 +62,8 @@ def find_judge(real, folder):
 
 def figures(judge, real, images_NxHxWx3, labels_N=None, by_name=False):
   """{name: number}: the judge's accuracy on held-out real images; how often it takes samples for their label, in all
-  and of the weakest class; Fréchet distance, precision and recall of its hidden layer to the training images. by_name: each class's share too.
+  and of the weakest class; Fréchet distance, precision and recall of its hidden layer to the training images.
+  by_name: each class's share too.
   """
   train = real.train[0][np.linspace(0, len(real.train[0]) - 1, min(len(real.train[0]), MOST_COMPARED)).astype(int)]
   extractor = fid.judge_extractor(judge)

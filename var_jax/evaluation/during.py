@@ -1,11 +1,11 @@
 """The evaluation's figures during training: samples of one seed against the real images, every N steps."""
 
+import jax
 import numpy as np
 
 from var_jax.evaluation import classes, fid, run
 from var_jax.evaluation.image_sets import ArrayImages
 from var_jax.model import Model
-from var_jax.training import mesh as mesh_lib
 
 
 def measure(stage, config, workdir):
@@ -34,8 +34,8 @@ def measure(stage, config, workdir):
   def figures(state):
     nonlocal model
     if model is None:  # one model, for its sampler is compiled once
-      model = Model(stage.tokenizer, state.frozen['tokenizer'], stage.generator, state.model,
-                    mesh_lib.make_mesh(**config.mesh))
+      mesh = jax.tree.leaves(state.model)[0].sharding.mesh
+      model = Model(stage.tokenizer, state.frozen['tokenizer'], stage.generator, state.model, mesh)
     model.params = {'tokenizer': state.frozen['tokenizer'], 'generator': state.model}  # earlier ones were donated
     return compare(model.sample(labels, 0, **config.sample).images)
 

@@ -5,6 +5,7 @@
     figures = compare(gather(open_images('samples.npz'), extractor), reference)
 """
 
+import contextlib
 import functools
 import pathlib
 import zipfile
@@ -16,19 +17,31 @@ import jax
 import numpy as np
 
 from var_jax import progress
+from var_jax.data import pipeline
 from var_jax.errors import UserError, note
 from var_jax.evaluation import frechet, inception, measures
 from var_jax.training import mesh as mesh_lib
+from var_jax.training import processes
 
 PER_DEVICE = 32  # images at a time, at most
 FEW = 2048  # features of the FID Inception: the covariance of fewer images is singular
 
 
 class Extractor(NamedTuple):
-  """run: uint8 images (B, H, W, 3) -> {'pool': (B, D), perhaps 'spatial': (B, E) and 'logits': (B, C)}."""
+  """run: uint8 images (B, H, W, 3) -> {'pool': (B, D), perhaps 'spatial': (B, E) and 'logits': (B, C)}.
+
+  Of several processes each calls it with the same images. run_share: where there is one, each calls it with its own
+  part of a batch of `pipeline.eval_batches`, and all get the features of its images that are not masked.
+  """
 
   run: Callable
-  devices: int = 1  # batches are multiples of that
+  mesh: Any = None
+  run_share: Callable | None = None
+
+  @property
+  def devices(self):
+    """Batches are multiples of that."""
+    return 1 if self.mesh is None else self.mesh.size
 
 
 class Gathered(NamedTuple):
@@ -47,15 +60,20 @@ def inception_extractor(weights, resize):
   params = mesh_lib.put_state(inception.load(weights), mesh)
 
   @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
-  def features(params, images):
+  def features(params, images, mask_B):
     found = inception.features(params, images, resize)
-    return found['pool'], found['spatial'], found['logits_unbiased']
+    return {'pool': found['pool'], 'spatial': found['spatial'], 'logits': found['logits_unbiased']}, mask_B
 
   def run(images):
-    pool, spatial, logits = features(params, mesh_lib.put_whole(images, mesh))
-    return {'pool': np.asarray(pool), 'spatial': np.asarray(spatial), 'logits': np.asarray(logits)}
+    found, _ = features(params, *(mesh_lib.put_whole(x, mesh) for x in (images, np.ones(len(images), np.float32))))
+    return jax.tree.map(np.asarray, found)
 
-  return Extractor(run, mesh.size)
+  def run_share(batch):
+    parts = mesh_lib.put_batch({name: batch[name] for name in ('image', 'mask')}, mesh)
+    found, mask_B = jax.tree.map(np.asarray, features(params, parts['image'], parts['mask']))
+    return {name: rows[mask_B > 0] for name, rows in found.items()}
+
+  return Extractor(run, mesh, run_share)
 
 
 def judge_extractor(judge):
@@ -82,16 +100,19 @@ class Gathering:
     for start in range(0, len(images_BxHxWx3), size):
       batch = images_BxHxWx3[start:start + size]
       full = np.resize(batch, (size, *batch.shape[1:]))  # one shape, one compilation
-      for name, features in self._extractor.run(full).items():
-        features = features[:len(batch)]
-        if name != 'logits':
-          self._moments.setdefault(name, frechet.Moments()).add(features)
-        if name == 'pool' and self._kept is not None:
-          inside = self._kept[(self._kept >= self._taken) & (self._kept < self._taken + len(batch))]
-          features = features[inside - self._taken]
-        if name == 'pool' or name == 'logits' and self._kept is None:
-          self._rows.setdefault(name, []).append(features)
-      self._taken += len(batch)
+      self.take({name: features[:len(batch)] for name, features in self._extractor.run(full).items()})
+
+  def take(self, found):
+    """Features of some images, {name: (B, D)}."""
+    for name, features in found.items():
+      if name != 'logits' and len(features):
+        self._moments.setdefault(name, frechet.Moments()).add(features)
+      if name == 'pool' and self._kept is not None:
+        inside = self._kept[(self._kept >= self._taken) & (self._kept < self._taken + len(features))]
+        features = features[inside - self._taken]
+      if name == 'pool' or name == 'logits' and self._kept is None:
+        self._rows.setdefault(name, []).append(features)
+    self._taken += len(found['pool'])
 
   def result(self):
     """`Gathered`; UserError for fewer than 2 images."""
@@ -118,6 +139,24 @@ def gather(images, extractor, title='images', most=None):
     for batch in images.batches(gathering.batch_size):
       gathering.add(batch)
       bar.update(len(batch))
+  return gathering.result()
+
+
+def gather_source(source, size, extractor, most, workers=0):
+  """`Gathered` of all images of a data source, whole and fitted to a size; unreadable ones are left out.
+
+  Each process decodes its share. most: see `Gathering`; workers: see `pipeline.eval_batches`.
+  """
+  gathering = Gathering(extractor, len(source), most)
+  index, count = mesh_lib.process_part(extractor.mesh, gathering.batch_size)
+  batches = pipeline.eval_batches(
+      source, batch_size=gathering.batch_size, size=size, enlarge=1, workers=workers, process_index=index,
+      process_count=count)
+  show = processes.is_first()
+  with contextlib.closing(batches), progress.bar(title='reference', unit='image', total=len(source), show=show) as bar:
+    for batch in batches:
+      gathering.take(extractor.run_share(batch))
+      bar.update(gathering.batch_size)
   return gathering.result()
 
 

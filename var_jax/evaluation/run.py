@@ -15,7 +15,7 @@ from var_jax.data.sources import identity, moved, open_source
 from var_jax.errors import UserError, note
 from var_jax.evaluation import classes, fid, grid, inception, likelihood, reconstruction, report
 from var_jax.evaluation.drawing import draw
-from var_jax.evaluation.image_sets import NpzImages, SourceImages, open_images
+from var_jax.evaluation.image_sets import NpzImages, open_images
 from var_jax.model import load
 from var_jax.tokenizer import lpips
 from var_jax.training import processes
@@ -205,8 +205,7 @@ def own_reference(folder, config, size, extractor, weights, resize):
   path = pathlib.Path(folder) / f'reference_{name}.npz'
   if (kept := fid.read_statistics(path)) is not None:
     return kept
-  images = SourceImages(source, size, workers=config.data.workers)
-  reference = fid.gather(images, extractor, 'reference', most=KEPT_ROWS)
+  reference = fid.gather_source(source, size, extractor, KEPT_ROWS, config.data.workers)
   if processes.is_first():
     fid.write_statistics(path, reference)
   return reference

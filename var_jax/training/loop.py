@@ -38,7 +38,8 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
   """Trains a stage to its last step, resuming from the newest checkpoint. Returns the final state.
 
   stage: init(), train_step(state, batch) -> (state, metrics), eval_step(state, batch) -> sums over images,
-  phase(step) -> which program the step needs, a static argument of train_step; summarize(sums) -> scalars, pictures(state, batch) -> {name: (H, W, 3) uint8}, metadata (stored with checkpoints).
+  phase(step) -> which program the step needs, a static argument of train_step; summarize(sums) -> scalars,
+  pictures(state, batch) -> {name: (H, W, 3) uint8}, metadata (stored with checkpoints).
   source, validation: see `data.sources`. measure: state -> scalars, called every `config.measure.every` steps.
   keep: called with (parameters, step) where `config.best` is better than ever before. Raises UserError after
   `max_skipped_in_row` steps without finite gradients, Interrupted after one of `signals.NUMBERS`.
