@@ -199,7 +199,7 @@ COMMAND_LINES = {
     'reconstruct_missing_image': (
         'nope.png', ['reconstruct', '--workdir={tok}', '--images={tmp}/nope.png', '--out={out}']),
     'reconstruct_text': ('text.png', ['reconstruct', '--workdir={tok}', '--images={tmp}/text.png', '--out={out}']),
-    'reconstruct_folder': ('directory|folder', ['reconstruct', '--workdir={tok}', '--images={tmp}', '--out={out}']),
+    'reconstruct_folder': ('text.png', ['reconstruct', '--workdir={tok}', '--images={tmp}', '--out={out}']),
     'reconstruct_no_workdir': (
         'config.json', ['reconstruct', '--workdir={tmp}', '--images={tmp}/a.png', '--out={out}']),
 }

@@ -134,6 +134,9 @@ def check_config(workdir, config):
   old, new = (flatten_dict(json.loads(c.to_json()), sep='.') for c in (read_config(workdir), config))
   differing = sorted(k for k in old.keys() & new.keys() if old[k] != new[k])
   changed = [k for k in differing if k not in RUN_ONLY]
+  if old['stage'] != new['stage']:
+    raise UserError(f'{workdir} holds a run with other settings (stage is {old["stage"]!r} there, {new["stage"]!r} '
+                    'here): use another --workdir')
   if changed:
     name = changed[0]
     raise UserError(

@@ -49,7 +49,7 @@ def run(config, workdir):
 
   Everything that can be refused is refused before anything is written.
   """
-  from var_jax.data.sources import open_source, summary
+  from var_jax.data.sources import open_source
   from var_jax.training.checkpoint import Checkpoints
 
   check(config)
@@ -64,8 +64,6 @@ def run(config, workdir):
   if config.data.source == 'tokens':
     _check_tokens(config, sources[0], stage)
   with lock.alone(workdir) as guard:
-    if processes.is_first():
-      note(summary(*sources))
     with Checkpoints(workdir, config.keep, config.keep_every, clean=True, guard=guard) as checkpoints:
       return _train(stage, config, sources, workdir, checkpoints, keep_tokenizer, changed, before)
 
@@ -76,6 +74,7 @@ def _steps(config, source):
 
 
 def _train(stage, config, sources, workdir, checkpoints, keep_tokenizer, changed, before):
+  from var_jax.data.sources import summary
   from var_jax.evaluation.during import measure
   from var_jax.training import loop
 
@@ -83,6 +82,8 @@ def _train(stage, config, sources, workdir, checkpoints, keep_tokenizer, changed
   workdir_lib.write_config(workdir, config)
   workdir_lib.write_class_names(workdir, sources[0].class_names)
   keep_tokenizer()
+  if processes.is_first():
+    note(summary(*sources))
   for change in changed:
     note(change)
   if before != stage.steps and (saved := checkpoints.steps()):

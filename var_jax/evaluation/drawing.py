@@ -70,8 +70,7 @@ def draw_to_folder(model, labels_N, seed, folder, choices, batch_size=64):
       for start, end, drawn in _batches(model, labels_N, seed, choices, batch_size, done):
         if first:
           for name, image in zip(pictures.names(end - start, start), drawn.images):
-            pictures.save(folder / f'.{name}.png', image)
-            (folder / f'.{name}.png').replace(folder / f'{name}.png')
+            _whole(folder / f'{name}.png', lambda part: pictures.save(part, image))
           _write(progress, {'identity': identity, 'done': end})
         bar.update(end - start)
     if first:
@@ -171,6 +170,15 @@ def _record(progress):
 
 
 def _write(path, content):
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(content))
-  temporary.replace(path)
+  _whole(path, lambda part: part.write_text(json.dumps(content)))
+
+
+def _whole(path, write):
+  """Writes a file whole or not at all."""
+  part = path.with_name(f'.part_{path.name}')
+  try:
+    write(part)
+    part.replace(path)
+  except OSError:
+    part.unlink(missing_ok=True)
+    raise
