@@ -16,7 +16,7 @@ def get_config(argument='tokenizer'):
   stage, options = configs.parse_argument(argument, depth=4, runlocal=False)
   config = _tokenizer() if stage == 'tokenizer' else _generator(options['depth'])
   config.data.update(source='digits', enlarge=1.125)
-  config.update(log_every=20, eval_every=200, pictures_every=200, checkpoint_every=200)
+  config.update(log_every=20, eval_every=300, pictures_every=300, checkpoint_every=200)
   return configs.run_locally(config) if options['runlocal'] else config
 
 
@@ -36,8 +36,8 @@ def _tokenizer():
 
 def _generator(depth):
   config = configs.generator(depth)
-  config.update(batch_size=128, steps=450, ema=0.99)
-  config.optimizer.update(peak_lr=1e-3)
+  config.update(batch_size=128, steps=300, ema=0.99)
+  config.optimizer.update(peak_lr=2e-3)
   config.model.update(width=128, heads=4)
   config.sample.update(cfg=1.5, top_k=0, top_p=0.96)
   return config

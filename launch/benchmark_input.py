@@ -4,6 +4,9 @@ By itself, how well threads hide the time that storage takes for an image, and t
 python launch/benchmark_input.py --sleep=8 --threads=32
 """
 
+if __name__ == '__main__':
+  import environment  # noqa: F401, finds var_jax
+
 import argparse
 import contextlib
 import multiprocessing

@@ -144,8 +144,8 @@ def test_finite_steps_in_between_reset_the_count(tmp_path):
   stage = Line(12)
   finite = stage.train_step
 
-  def every_third(state, batch):
-    return finite(state, batch | {'image': jnp.where(state.step % 3 > 0, jnp.nan, batch['image'])})
+  def every_third(state, batch, phase):
+    return finite(state, batch | {'image': jnp.where(state.step % 3 > 0, jnp.nan, batch['image'])}, phase)
 
   stage.train_step = every_third
   state, _ = train_line(stage, tmp_path, max_skipped_in_row=3)

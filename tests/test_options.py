@@ -82,7 +82,7 @@ def test_guidance_that_is_learned_is_that_of_sampling():
   stage = copy.copy(Trainer('generator', distill=2.0).stage)
   stage.generator = generator
   teacher = tokenizer.apply({'params': tokenizer_params}, out.tokens_BxL, method='teacher_input')
-  assert_close(stage._guided(params, labels, teacher), jnp.concatenate(out.guided_logits, axis=1), rtol=1e-5)
+  assert_close(stage._guided(stage.generator, params, labels, teacher), jnp.concatenate(out.guided_logits, axis=1), rtol=1e-5)
 
 
 def test_divergence_is_zero_for_equal_logits_alone():

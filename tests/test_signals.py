@@ -17,6 +17,14 @@ from var_jax.training.checkpoint import Checkpoints
 ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+  """The tests may be: what they start would inherit that SIGHUP is ignored."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
 def interrupting(number):
   """A stage that gets a signal while it draws the pictures of step 2."""
   stage = Line(4)
