@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import struct
@@ -379,7 +380,9 @@ def test_terminal_gets_a_bar_that_says_what_is_done(monkeypatch):
   with open(other, 'w') as stream:
     monkeypatch.setattr(sys, 'stderr', stream)
     three_steps()
-    text = os.read(terminal, 10_000).decode()
+    text = ''
+    while '\n' not in text and select.select([terminal], [], [], 10)[0]:  # it comes in pieces
+      text += os.read(terminal, 10_000).decode()
   os.close(terminal)
   assert text.count('\n') == 1 and '\rline:   0%' in text and 'compiling]' in text and 'quick' not in text
 

@@ -7,7 +7,7 @@ def spread(source, count):
   """Sorted indices of `count` images of a source, all of them if it has no more: the same in every process and run.
 
   Each class gives equally many, or all that it has, from even distances in its order. With fewer images than classes,
-  evenly distant classes give one each. Of a source that has no `labels` at hand (tfds, tokens: a label costs a read),
+  evenly distant classes give one each. Of a source that has no `labels` (tfds, where one costs a read of the image),
   evenly distant images are taken, which spreads over the classes of sorted data too.
   """
   if count >= len(source):

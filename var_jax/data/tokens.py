@@ -6,6 +6,7 @@ of each of its crops, coarse to fine.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import pathlib
@@ -59,6 +60,11 @@ class TokenSource:
 
   def __len__(self):
     return len(self._records)
+
+  @functools.cached_property
+  def labels(self):
+    """(N,) int32, which takes a read of each: so that the same images are chosen as of the source of images."""
+    return np.array([self[index][1] for index in range(len(self))], np.int32)
 
   def __getitem__(self, index):
     try:
