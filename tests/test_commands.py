@@ -516,6 +516,7 @@ def test_largest_sheet_that_fits_can_be_written(tmp_path):
     output.save(tmp_path / f'x{suffix}', None, pictures_lib.sheet(np.zeros((count, 8, 8, 3), np.uint8), 1))
 
 
+@pytest.mark.slow
 def test_names_with_dots_are_folders_and_suffixes_have_any_case(generator, tmp_path):
   options = ['sample', f'--workdir={generator}', '--labels=1', '--num=2']
   for name in ('cfg1.5', 'run.v2', 'top_p.96'):

@@ -237,6 +237,7 @@ def test_workdir_that_cannot_be_written_to(workdirs, tmp_path, monkeypatch, caps
   assert sorted(workdirs[1].rglob('*')) == before and 'cannot be written to' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_own_data_are_the_reference_and_kept(workdirs, weights, tmp_path, monkeypatch):
   generator = tmp_path / 'g'
   shutil.copytree(workdirs[1], generator)
@@ -250,7 +251,7 @@ def test_own_data_are_the_reference_and_kept(workdirs, weights, tmp_path, monkey
   figures = evaluate(tmp_path / 'x.json', *command)
   assert {'fid', 'sfid', 'inception_score', 'precision', 'recall', 'validation_loss'} < figures.keys()
   assert len(list(generator.glob('reference_*.npz'))) == 1
-  monkeypatch.setattr(image_sets.SourceImages, 'batches', None)  # the second time it is not read again
+  monkeypatch.setattr(fid, 'gather_source', None)  # the second time it is not read again
   given = f'--samples={generator / "evaluation_samples.npz"}'
   again = evaluate(tmp_path / 'x.json', command[0], command[2], given)
   assert again.pop('resize') == figures['resize']

@@ -461,6 +461,7 @@ def state_of(workdir):
         mesh_lib.placed(jax.eval_shape(stage.init), mesh_lib.make_mesh(jax.devices()[:1])))[0]
 
 
+@pytest.mark.slow
 def test_killed_run_equals_straight_run(start, tmp_path):
   straight, killed = tmp_path / 'straight', tmp_path / 'killed'
   errors = start(straight).communicate(timeout=180)[1]

@@ -107,7 +107,8 @@ def test_deeper_network_is_no_longer_program():
   assert abs(lines[1] - lines[0]) < 20 and lines[0] > 1000, lines  # a helper may be shared or not
 
 
-@pytest.mark.parametrize('kind, mesh', [('tokenizer', (1, 8, 1)), ('generator', (2, 2, 2))])
+@pytest.mark.parametrize('kind, mesh', [
+    pytest.param('tokenizer', (1, 8, 1), marks=pytest.mark.slow), ('generator', (2, 2, 2))])
 def test_twenty_steps_on_eight_devices_are_those_of_one(kind, mesh):
   for (_, a), (_, b) in zip(Trainer(kind).run(20), Trainer(kind, mesh).run(20), strict=True):
     assert_close(b['loss'], a['loss'], rtol=1e-5)
@@ -142,6 +143,7 @@ def test_scales_join_progressive_training_one_by_one():
   assert np.any((table > 0) & (table < 1))
 
 
+@pytest.mark.slow
 def test_scales_that_weigh_nothing_are_not_computed():
   """And the step is that of all scales, masked: losses, gradients, but for rounding."""
   changes = {'progressive.end': 0.9, 'progressive.start_scale': 0, 'progressive.ramp': 0.5, 'scale_weights.sigma': 1.0}
@@ -210,6 +212,7 @@ def test_adversarial_pull_is_as_strong_as_its_weight_says():
   assert_close(adversarial, fool(image), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_discriminator_starts_at_its_share_of_the_run():
   trainer = Trainer('tokenizer', **FULL)
   states = [(trainer.initial, None), *trainer.run(8)]
@@ -271,6 +274,7 @@ def test_codes_that_any_step_uses_are_not_restarted():
   np.testing.assert_allclose(codebooks[3][first_alone], codebooks[0][first_alone], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_small_batches_do_not_make_codes_die():
   """Two steps of 21 tokens say nothing of 32 codes: no code is restarted before each was due eight times."""
   trainer = Trainer('tokenizer', **FULL)

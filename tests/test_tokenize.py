@@ -121,6 +121,7 @@ def test_tokens_of_another_tokenizer_are_refused(trained, made, tmp_path, capsys
   assert '`var-jax tokenize` has made' in capsys.readouterr().err and not (tmp_path / 'w').exists()
 
 
+@pytest.mark.slow
 def test_tokens_are_bound_to_all_images_and_those_of_earlier_commits_stay(trained, tmp_path, capsys):
   """An interrupted `tokenize` must not go on with images that have changed, whichever of them did."""
   images, out = tmp_path / 'images.npz', tmp_path / 'tokens'
