@@ -50,6 +50,7 @@ def test_gradient_is_finite_where_a_layer_is_silent():
   np.testing.assert_allclose(gradient[0, 0, 0], [.128, 0, -.096], rtol=1e-5)  # (1 - .36) / 5, 0, -.48 / 5
 
 
+@pytest.mark.slow
 def test_distance_falls_along_its_gradient(params, pairs):
   x, distance = jnp.asarray(pairs['x']), lambda x: lpips.distance(params, x, pairs['y']).sum()
   value, gradient = jax.jit(jax.value_and_grad(distance))(x)

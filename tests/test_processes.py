@@ -118,6 +118,7 @@ def test_processes_compute_what_one_does(trained, alone, tmp_path, count, device
   assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
+@pytest.mark.slow
 def test_signal_to_one_process_stops_and_saves_all(trained, alone, tmp_path):
   processes = start(2, 1, trained, tmp_path / 'w', '--config.steps=500', '--config.log_every=1',
                     '--config.eval_every=0', '--config.checkpoint_every=100')
