@@ -478,6 +478,7 @@ def test_notes_to_a_terminal_that_is_gone_end_nothing(monkeypatch):
 # --- results that would mix, or be lost ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_folder_goes_on_and_takes_no_pictures_of_another_call(generator, tmp_path, monkeypatch, capsys):
   options = ['sample', f'--workdir={generator}', '--labels=0,3,7', '--seed=1', '--batch_size=4']
   assert main([*options, '--num=10', f'--out={tmp_path}/straight']) == 0

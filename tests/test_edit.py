@@ -68,6 +68,7 @@ def test_tokens_outside_of_the_part_stay_and_those_inside_do_not(workdirs, image
     assert not coarsest
 
 
+@pytest.mark.slow
 def test_mask_and_box_say_the_same_and_label_and_seed_matter(workdirs, image, tmp_path):
   common = ['--mode=outpaint', '--label=3', '--top_p=0']
   box = edit(workdirs[1], image, tmp_path / 'x.npz', '--box=2,2,4,4', *common)

@@ -258,6 +258,7 @@ def test_own_data_are_the_reference_and_kept(workdirs, weights, tmp_path, monkey
   assert again == pytest.approx({name: figures[name] for name in again}, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_reference_is_enough_where_the_data_set_is_missing(workdirs, weights, tmp_path, capsys):
   generator = tmp_path / 'g'
   shutil.copytree(workdirs[1], generator)
