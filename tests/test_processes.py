@@ -155,7 +155,8 @@ def shortened(folder):
     file.write_bytes(file.read_bytes()[:10])
 
 
-@pytest.mark.parametrize('spoil', [shortened, pytest.param(without_list, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('spoil', [shortened, without_list])
 def test_processes_resume_on_the_newest_step_that_all_can_read(trained, alone, tmp_path, spoil):
   workdir = shutil.copytree(alone, tmp_path / 'w')
   assert checkpoints_of(workdir) == {4, 8}
