@@ -11,6 +11,8 @@ from var_jax.__main__ import main
 from var_jax.generator import adapt
 from var_jax.pyramid import Pyramid
 
+pytestmark = pytest.mark.slow
+
 SHORT = ['--config.steps=3', '--config.checkpoint_every=1']
 
 

@@ -9,6 +9,8 @@ import pytest
 from var_jax.errors import UserError
 from var_jax.tokenizer import lpips
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def tensors():
