@@ -10,7 +10,7 @@ import var_jax
 from var_jax.__main__ import main
 from var_jax.data import tokens as tokens_lib
 from var_jax.data.images import fit
-from var_jax.data.sources import open_source
+from var_jax.data.sources import open_source, summary
 
 WHOLE = ['--config.data.enlarge=1']  # no crops
 
@@ -57,6 +57,15 @@ def test_training_on_tokens_is_training_on_images(trained, made, tmp_path):
   lines = [{(line['step'], name): value for line in metrics_of(tmp_path / which) for name, value in line.items()
             if 'per_second' not in name} for which in ('images', 'tokens')]
   assert lines[0] == pytest.approx(lines[1], rel=1e-5) and (4, 'validation/loss') in lines[0]
+
+
+def test_what_a_run_says_of_its_tokens_takes_no_read_of_each(made, monkeypatch):
+  """It is said at every start; labels are read where images are chosen by them."""
+  train, validation = (tokens_lib.TokenSource(made, split) for split in ('train', 'validation'))
+  labels = validation.read_labels()
+  assert labels.tolist() == [validation[i][1] for i in range(len(validation))]
+  monkeypatch.setattr(tokens_lib.TokenSource, '__getitem__', lambda *_: pytest.fail('read'))
+  assert summary(train, validation).startswith('data: 1,500 images to train on, 297 held out')
 
 
 def test_crops_differ_and_an_epoch_takes_one_at_random(trained, tmp_path):

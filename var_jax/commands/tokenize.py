@@ -46,16 +46,10 @@ def run(config, options):
   check_numbers(config)
   sources = {split: open_source(config.data.source, config.data.path, split) for split in SPLITS}
   tokenizer, params = workdir_lib.load_tokenizer(options.workdir)
-  made = {
-      'tokenizer': workdir_lib.fingerprint(params), 'codes': tokenizer.codes, 'scales': tokenizer.pyramid.scales,
-      'crops': options.crops, 'seed': config.seed, 'enlarge': config.data.enlarge, 'flip': config.data.flip,
-      'images': tokens.name_of(sources['train']),
-      'data': [identity(source) for source in sources.values()], 'classes': sources['train'].class_names,
-      **{split: len(source) for split, source in sources.items()}}
   output.make_folder(pathlib.Path(options.out))
   with lock.alone(options.out):
     if processes.is_first():
-      tokens.describe(options.out, made)
+      tokens.describe(options.out, _made(config, options.crops, sources, tokenizer, params))
     processes.wait('described')
     missing = [item for item in files_of(sources, options.out) if not item[2].exists()]
     processes.wait('listed')
@@ -65,6 +59,16 @@ def run(config, options):
   if processes.is_first():
     print(f'{len(sources["train"])} images in {options.crops} crops, {len(sources["validation"])} to validate: '
           f'{options.out}')
+
+
+def _made(config, crops, sources, tokenizer, params):
+  """How tokens are made, for `tokens.describe`. It reads of every image, so one process alone calls it."""
+  return {
+      'tokenizer': workdir_lib.fingerprint(params), 'codes': tokenizer.codes, 'scales': tokenizer.pyramid.scales,
+      'crops': crops, 'seed': config.seed, 'enlarge': config.data.enlarge, 'flip': config.data.flip,
+      'images': tokens.name_of(sources['train']),
+      'data': [identity(source) for source in sources.values()], 'classes': sources['train'].class_names,
+      **{split: len(source) for split, source in sources.items()}}
 
 
 def files_of(sources, out):

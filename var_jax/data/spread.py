@@ -7,14 +7,19 @@ def spread(source, count):
   """Sorted indices of `count` images of a source, all of them if it has no more: the same in every process and run.
 
   Each class gives equally many, or all that it has, from even distances in its order. With fewer images than classes,
-  evenly distant classes give one each. Of a source that has no `labels` (tfds, where one costs a read of the image),
-  evenly distant images are taken, which spreads over the classes of sorted data too.
+  evenly distant classes give one each. Tokens' labels are read for it, so that the same images are chosen as of the
+  source of images. Of a source where a label costs a read of the image (tfds), evenly distant images are taken, which
+  spreads over the classes of sorted data too.
   """
   if count >= len(source):
     return np.arange(len(source))
-  if not hasattr(source, 'labels'):
+  if hasattr(source, 'labels'):
+    labels_N = source.labels
+  elif hasattr(source, 'read_labels'):
+    labels_N = source.read_labels()
+  else:
     return _even(len(source), count)
-  _, class_N, sizes = np.unique(source.labels, return_inverse=True, return_counts=True)
+  _, class_N, sizes = np.unique(labels_N, return_inverse=True, return_counts=True)
   by_class = np.split(np.argsort(class_N, kind='stable'), np.cumsum(sizes)[:-1])
   chosen = [members[_even(len(members), share)] for members, share in zip(by_class, _shares(sizes, count))]
   return np.sort(np.concatenate(chosen))

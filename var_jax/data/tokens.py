@@ -62,9 +62,12 @@ class TokenSource:
     return len(self._records)
 
   @functools.cached_property
-  def labels(self):
-    """(N,) int32, which takes a read of each: so that the same images are chosen as of the source of images."""
+  def _labels(self):
     return np.array([self[index][1] for index in range(len(self))], np.int32)
+
+  def read_labels(self):
+    """(N,) int32; the first call reads every record."""
+    return self._labels
 
   def __getitem__(self, index):
     try:

@@ -200,7 +200,8 @@ def own_reference(folder, config, size, extractor, weights, resize):
   source = open_source(config.data.source, config.data.path, 'train')
   with open(weights, 'rb') as file:
     network = hashlib.file_digest(file, 'sha256').hexdigest()
-  key = [REFERENCES, identity(source), list(size), resize, network]
+  data = processes.from_first(identity(source) if processes.is_first() else None)  # it reads of every image
+  key = [REFERENCES, data, list(size), resize, network]
   name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
   path = pathlib.Path(folder) / f'reference_{name}.npz'
   if (kept := fid.read_statistics(path)) is not None:

@@ -44,9 +44,10 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
   keep: called with (parameters, step) where `config.best` is better than ever before. Raises UserError after
   `max_skipped_in_row` steps without finite gradients, Interrupted after one of `signals.NUMBERS`.
   """
-  mesh = _mesh(stage, config, say)
+  shapes = jax.eval_shape(stage.init, stage.initial)
+  mesh = _mesh(shapes, config, say)
   with jax.set_mesh(mesh):
-    state = _first_state(stage, checkpoints, mesh)  # what stops that loses nothing
+    state = _first_state(stage, shapes, checkpoints, mesh)  # what stops that loses nothing
     with processes.stop_requests() as stop:
       start = int(state.step)
       if start:
@@ -75,18 +76,17 @@ def train(stage, config, source, validation, checkpoints, workdir, *, say=note, 
               'training their neighbours took their places')
 
 
-def _mesh(stage, config, say):
-  """The mesh of a run. Says what stays whole on each device."""
-  shapes = jax.eval_shape(stage.init, stage.initial)
+def _mesh(shapes, config, say):
+  """The mesh of a run. Says what of a state of these shapes stays whole on each device."""
   mesh = mesh_lib.suited(mesh_lib.make_mesh(**config.mesh), shapes)
   if processes.is_first() and (left := mesh_lib.undivided(shapes, mesh)):
     say(left)
   return mesh
 
 
-def _first_state(stage, checkpoints, mesh):
+def _first_state(stage, shapes, checkpoints, mesh):
   """The newest checkpoint's state, or a new one, laid out over the mesh: no device ever holds more than its part."""
-  shapes = mesh_lib.placed(jax.eval_shape(stage.init, stage.initial), mesh)
+  shapes = mesh_lib.placed(shapes, mesh)
   restored = checkpoints.restore(shapes)
   places = jax.tree.map(lambda x: x.sharding, shapes)
   # It runs once: on a CPU optimizing it takes longer than the first hundred steps of a small model.
