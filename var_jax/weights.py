@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from var_jax import whole
 from var_jax.errors import UserError, first_line, note
 
 TORCH_SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt')
@@ -91,13 +92,12 @@ class _Placed(Mapping):
 
 def write_tensors(path, tensors):
   """Writes {name: array} as `.safetensors`, or with PyTorch as `.pth`, whole or not at all. UserError on full disks."""
-  path = pathlib.Path(path)
-  part = path.with_name(f'.part_{path.name}')
   tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-  try:
+
+  def write(part):
     part.touch()
     mode = part.stat().st_mode  # what other files get; safetensors makes its own private
-    if path.suffix in TORCH_SUFFIXES:
+    if part.suffix in TORCH_SUFFIXES:
       import torch
       with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of read-only arrays, which nobody writes to
@@ -105,9 +105,10 @@ def write_tensors(path, tensors):
     else:
       safetensors.numpy.save_file(tensors, part)
     part.chmod(mode)
-    part.replace(path)
+
+  try:
+    whole.file(path, write)
   except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-    part.unlink(missing_ok=True)
     raise UserError(f'could not write {path} ({first_line(error)}): free some space, or choose another '
                     'folder') from error
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import sys
 
@@ -13,7 +12,7 @@ import ml_collections
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from var_jax import configs
+from var_jax import configs, whole
 from var_jax.errors import UserError, note
 from var_jax.generator.attention import IMPLEMENTATIONS
 from var_jax.generator.transformer import Generator
@@ -157,12 +156,7 @@ def _write_json(workdir, name, content):
   path = pathlib.Path(workdir) / name
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix('.tmp')
-    with temporary.open('w') as file:
-      file.write(json.dumps(content, indent=2) + '\n')
-      file.flush()
-      os.fsync(file.fileno())  # or a machine that fails leaves it empty
-    temporary.replace(path)
+    whole.text(path, json.dumps(content, indent=2) + '\n')
   except OSError as error:
     raise cannot_write(workdir, error) from None
 

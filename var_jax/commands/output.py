@@ -1,10 +1,9 @@
 """What commands leave: one picture, an .npz in the evaluators' layout, or a folder of PNGs."""
 
+import contextlib
 import pathlib
 
-import numpy as np
-
-from var_jax import pictures
+from var_jax import pictures, whole
 from var_jax.data.files import SUFFIXES, image_files
 from var_jax.data.images import MAX_PIXELS
 from var_jax.errors import UserError
@@ -82,33 +81,31 @@ def save(out, images_NxHxWx3, picture, *, names=None, **arrays):
   if suffix(out) == '.npz':
     save_arrays(path, arr_0=images_NxHxWx3, **arrays)
   elif suffix(out):
-    _whole(path, lambda part: pictures.save(part, picture))
+    with _writing(path):
+      whole.file(path, lambda part: pictures.save(part, picture))
   else:
     for name, image in zip(names or pictures.names(len(images_NxHxWx3)), images_NxHxWx3):
-      _whole(path / f'{name}.png', lambda part: pictures.save(part, image))
+      with _writing(path / f'{name}.png'):
+        whole.file(path / f'{name}.png', lambda part: pictures.save(part, image))
 
 
 def save_text(path, text):
   """Writes a text, whole or not at all."""
-  _whole(pathlib.Path(path), lambda part: part.write_text(text))
+  with _writing(path):
+    whole.text(path, text)
 
 
 def save_arrays(path, **arrays):
   """Writes an .npz, whole or not at all."""
-
-  def write(part):
-    with part.open('wb') as file:  # given a path, numpy adds .npz where it ends in .NPZ
-      np.savez(file, **arrays)
-
-  _whole(pathlib.Path(path), write)
+  with _writing(path):
+    whole.arrays(path, **arrays)
 
 
-def _whole(path, write):
-  part = path.with_name(f'.part_{path.name}')
+@contextlib.contextmanager
+def _writing(path):
+  """Within, a file is written that --out names."""
   try:
-    write(part)
-    part.replace(path)
+    yield
   except OSError as error:
-    part.unlink(missing_ok=True)
     reason = error.strerror or error
     raise UserError(f'could not write {path} ({reason}): free some space or choose another --out') from None

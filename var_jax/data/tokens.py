@@ -15,6 +15,7 @@ import uuid
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from var_jax import whole
 from var_jax.data.files import digests
 from var_jax.data.images import UnreadableImage
 from var_jax.errors import UserError, first_line
@@ -113,9 +114,7 @@ def describe(folder, made):
   path = pathlib.Path(folder) / DESCRIPTION
   made = json.loads(json.dumps(made))
   if not path.exists():
-    temporary = path.with_name(f'.{uuid.uuid4().hex}')
-    temporary.write_text(json.dumps(made, indent=2) + '\n')
-    temporary.replace(path)
+    whole.text(path, json.dumps(made, indent=2) + '\n')
     return
   try:
     old = json.loads(path.read_text())

@@ -9,7 +9,7 @@ import zipfile
 
 import numpy as np
 
-from var_jax import pictures
+from var_jax import pictures, whole
 from var_jax import progress as progress_lib
 from var_jax.data.files import image_files
 from var_jax.errors import UserError, note
@@ -35,11 +35,11 @@ def draw(model, labels_N, seed, out, choices, batch_size=64):
     return
   try:
     _draw(model, labels_N, seed, part, choices, batch_size, identity)
-    whole = part / 'whole.npz'
-    with zipfile.ZipFile(whole, 'w', zipfile.ZIP_STORED, allowZip64=True) as file:
+    npz = part / 'whole.npz'
+    with zipfile.ZipFile(npz, 'w', zipfile.ZIP_STORED, allowZip64=True) as file:
       for name in ('arr_0', 'labels', 'tokens'):
         file.write(part / f'{name}.npy', f'{name}.npy')
-    whole.replace(out)
+    npz.replace(out)
     shutil.rmtree(part)
     processes.wait(f'drawn {out}')
   except OSError as error:
@@ -65,13 +65,13 @@ def draw_to_folder(model, labels_N, seed, folder, choices, batch_size=64):
     note(f'{done} of {count} images are drawn already')
   try:
     if first:
-      _write(progress, {'identity': identity, 'done': done})
+      whole.text(progress, json.dumps({'identity': identity, 'done': done}))
     with progress_lib.bar(title='sampling', unit='image', total=count, initial=done, show=first) as bar:
       for start, end, drawn in _batches(model, labels_N, seed, choices, batch_size, done):
         if first:
           for name, image in zip(pictures.names(end - start, start), drawn.images):
-            _whole(folder / f'{name}.png', lambda part: pictures.save(part, image))
-          _write(progress, {'identity': identity, 'done': end})
+            whole.file(folder / f'{name}.png', lambda part: pictures.save(part, image))
+          whole.text(progress, json.dumps({'identity': identity, 'done': end}))
         bar.update(end - start)
     if first:
       progress.unlink()
@@ -110,7 +110,7 @@ def _draw(model, labels_N, seed, part, choices, batch_size, identity):
     for start, end, drawn in _batches(model, labels_N, seed, choices, batch_size, done):
       images.append(drawn.images[:end - start])
       tokens.append(drawn.tokens[:end - start])
-      _write(progress, {'identity': identity, 'done': end})
+      whole.text(progress, json.dumps({'identity': identity, 'done': end}))
       bar.update(end - start)
 
 
@@ -167,18 +167,3 @@ def _record(progress):
   except (OSError, ValueError):
     return {}
   return found if isinstance(found, dict) and isinstance(found.get('done'), int) else {}
-
-
-def _write(path, content):
-  _whole(path, lambda part: part.write_text(json.dumps(content)))
-
-
-def _whole(path, write):
-  """Writes a file whole or not at all."""
-  part = path.with_name(f'.part_{path.name}')
-  try:
-    write(part)
-    part.replace(path)
-  except OSError:
-    part.unlink(missing_ok=True)
-    raise

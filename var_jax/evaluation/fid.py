@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from var_jax import progress
+from var_jax import progress, whole
 from var_jax.data import pipeline
 from var_jax.errors import UserError, note
 from var_jax.evaluation import frechet, inception, measures
@@ -192,10 +192,7 @@ def write_statistics(path, gathered):
   arrays = dict(zip(('mu', 'sigma'), gathered.pool)) | {'pool': gathered.pool_NxD}
   if gathered.spatial:
     arrays |= dict(zip(('mu_s', 'sigma_s'), gathered.spatial))
-  part = pathlib.Path(path).with_name(f'.part_{pathlib.Path(path).name}')
-  with part.open('wb') as file:
-    np.savez(file, **arrays)
-  part.replace(path)
+  whole.arrays(path, **arrays)
 
 
 def note_few(count, what='samples'):

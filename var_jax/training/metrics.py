@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -13,6 +12,7 @@ from PIL import Image
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from var_jax import whole
 from var_jax.training import processes
 
 
@@ -78,7 +78,7 @@ class Writer:
 
   def has_pictures(self, step):
     """Whether pictures of this step are there, as the first process sees it."""
-    return processes.from_first(any((self.path.parent / 'pictures').glob(f'*_{step:07d}.png')))
+    return processes.from_first(any((self.path.parent / 'pictures').glob(f'[!.]*_{step:07d}.png')))
 
   def picture(self, step, name, image_HxWx3):
     """One uint8 picture, to `WORKDIR/pictures/NAME_STEP.png` as well, whole or not at all."""
@@ -86,13 +86,7 @@ class Writer:
       return
     folder = self.path.parent / 'pictures'
     folder.mkdir(exist_ok=True)
-    part, path = folder / f'.part_{name}.png', folder / f'{name}_{step:07d}.png'
-    try:
-      Image.fromarray(image_HxWx3).save(part)
-      part.replace(path)
-    except OSError:
-      part.unlink(missing_ok=True)
-      raise
+    whole.file(folder / f'{name}_{step:07d}.png', Image.fromarray(image_HxWx3).save)
     self._events.write(step, [summary.image(name, image_HxWx3, dataformats='HWC')])
 
   def close(self):
@@ -159,17 +153,8 @@ def _is_number(value):
 
 
 def _replace(path, lines):
-  """Writes a file, whole or not at all."""
-  part = path.with_name(f'.part_{path.name}')
-  try:
-    with part.open('w') as file:
-      file.writelines(line + '\n' for line in lines)
-      file.flush()
-      os.fsync(file.fileno())
-    part.replace(path)
-  except OSError:
-    part.unlink(missing_ok=True)
-    raise
+  """Writes the lines of a file, whole or not at all."""
+  whole.text(path, ''.join(line + '\n' for line in lines))
 
 
 class Mean:
