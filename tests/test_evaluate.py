@@ -509,7 +509,10 @@ def test_gathering_keeps_few_rows_and_all_moments():
   images = image_sets.ArrayImages(rng.integers(0, 256, (100, 4, 4, 3), np.uint8))
   extractor = fid.Extractor(lambda batch: {'pool': batch.reshape(len(batch), -1)[:, :6].astype('f'),
                                            'logits': np.zeros((len(batch), 3))})
-  whole, few = fid.gather(images, extractor), fid.gather(images, extractor, most=7)
+  gathering = fid.Gathering(extractor, images.count, most=7)
+  for batch in images.batches(gathering.batch_size):
+    gathering.add(batch)
+  whole, few = fid.gather(images, extractor), gathering.result()
   np.testing.assert_allclose(few.pool[1], whole.pool[1])
   np.testing.assert_array_equal(few.pool_NxD, whole.pool_NxD[np.linspace(0, 99, 7).astype(int)])
   assert few.logits_NxC is None and len(whole.logits_NxC) == 100

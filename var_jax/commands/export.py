@@ -29,7 +29,6 @@ def main(arguments):
   from var_jax.interop import artifacts
   from var_jax.model import check_choices, load
   from var_jax.training.checkpoint import save_params
-  from var_jax.workdir import class_names
 
   for name in platforms:
     if name not in artifacts.PLATFORMS:
@@ -38,10 +37,10 @@ def main(arguments):
     raise UserError(f'--out={out} is there already: name an empty or a new folder')
   choices = Choices(**flags.choices(options))
   check_choices(*choices[:4])
-  model, names = load(options.workdir, raw=options.raw), class_names(options.workdir)
+  model = load(options.workdir, raw=options.raw)
   output.make_folder(out)
   try:
-    written = artifacts.write(model, out, platforms, choices, options.weights == 'inside', names)
+    written = artifacts.write(model, out, platforms, choices, options.weights == 'inside')
     save_params(out / 'params', model.params)
   except BaseException:  # a half-written export is of no use, and in the way of the next one
     for path in out.iterdir():

@@ -32,7 +32,7 @@ def find(text, classes, names, flag='--labels'):
 def of_workdir(text, workdir, flag='--labels'):
   """Labels of a text, see `find`, as the generator in a workdir has them. Nothing but its config is read."""
   config = workdir_lib.read_config(workdir)
-  if config.stage != 'generator':
+  if 'classes' not in config.model:
     raise UserError(f'{workdir} holds a tokenizer, which has no classes: give the workdir of a generator')
   return find(text, config.model.classes, workdir_lib.class_names(workdir), flag)
 

@@ -103,12 +103,17 @@ def _from_npz(file, path, split):
 def _read(file, name, path):
   """An array of an open .npz. UserError where the file is too short for it, before memory is taken for it."""
   with file.zip.open(f'{name}.npy') as member:
-    version = np.lib.format.read_magic(member)
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = header(member)
+    shape, _, dtype = npy_header(member)
   if math.prod(shape) * dtype.itemsize > file.zip.getinfo(f'{name}.npy').file_size:
     raise UserError(f'{path} is truncated: {name} should have the shape {shape}; write it again')
   return np.asarray(file[name])
+
+
+def npy_header(file):
+  """(shape, whether in Fortran order, dtype) of an open .npy, of which the file then is at the first element."""
+  version = np.lib.format.read_magic(file)
+  read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+  return read(file)
 
 
 def _checked(images, labels, path):

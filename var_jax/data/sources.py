@@ -13,7 +13,7 @@ import os
 import numpy as np
 
 from var_jax.data.arrays import open_arrays, open_digits
-from var_jax.data.files import SUFFIXES, digests, image_files  # noqa: F401, for those who list what sources read
+from var_jax.data.files import digests
 from var_jax.data.folders import open_folder
 from var_jax.data.images import read_image
 from var_jax.data.tokens import TokenSource

@@ -128,13 +128,10 @@ def check_count(images):
     raise UserError(f'{images.count} image(s) are too few to evaluate: give at least 2, better 10,000')
 
 
-def gather(images, extractor, title='images', most=None):
-  """Reads an image set (see `image_sets`) once, batch by batch: `Gathered`. UserError for fewer than 2 images.
-
-  most: see `Gathering`.
-  """
+def gather(images, extractor, title='images'):
+  """Reads an image set (see `image_sets`) once, batch by batch: `Gathered`. UserError for fewer than 2 images."""
   check_count(images)
-  gathering = Gathering(extractor, images.count, most)
+  gathering = Gathering(extractor, images.count)
   with progress.bar(title=title, unit='image', total=images.count) as bar:
     for batch in images.batches(gathering.batch_size):
       gathering.add(batch)

@@ -12,8 +12,9 @@ import zlib
 import numpy as np
 
 from var_jax.data import pipeline
-from var_jax.data.images import read_image, to_uint8
-from var_jax.data.sources import SUFFIXES, image_files
+from var_jax.data.arrays import npy_header
+from var_jax.data.files import SUFFIXES, image_files
+from var_jax.data.images import read_image
 from var_jax.errors import UserError
 
 
@@ -63,9 +64,7 @@ class _NpyMember:
     try:
       self._zip = zipfile.ZipFile(self._path)
       self._file = self._zip.open(f'{self._name}.npy')
-      version = np.lib.format.read_magic(self._file)
-      read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-      shape, fortran_order, dtype = read(self._file)
+      shape, fortran_order, dtype = npy_header(self._file)
     except KeyError:
       raise UserError(f'{self._path} has no array {self._name}: give an .npz of images, or a folder') from None
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as error:
@@ -118,8 +117,7 @@ class ArrayImages:
 class SourceImages:
   """Images of a data source (see `data.sources`), whole and fitted to one size: each as it is read.
 
-  index: which ones, None for all; workers: processes that decode, 0 for threads. In place of an unreadable image comes
-  the next one, as in training.
+  index: which ones, None for all; workers: processes that decode, 0 for threads. Unreadable images are left out.
   """
 
   def __init__(self, source, size, index=None, workers=0):
@@ -138,8 +136,7 @@ class SourceImages:
     with contextlib.closing(batches):
       for batch in batches:
         real = batch['mask'] > 0
-        images = batch['image'][real]
-        yield images if images.dtype == np.uint8 else to_uint8(images), batch['label'][real]
+        yield batch['image'][real], batch['label'][real]
 
 
 class Subset:

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 
-from var_jax.data.images import to_float
+from var_jax.data.floats import floats
 from var_jax.errors import UserError
 from var_jax.generator import sampling
 
@@ -35,8 +35,7 @@ def functions(model, choices):
   tokens = jax.ShapeDtypeStruct((b, tokenizer.pyramid.length), jnp.int32)
 
   def encode(params, images):
-    floats = jnp.asarray(to_float(np.arange(256)))[images]  # a table, since a division would be rounded otherwise
-    return tokenizer.apply({'params': params['tokenizer']}, floats, method='encode')
+    return tokenizer.apply({'params': params['tokenizer']}, floats(images), method='encode')
 
   def decode(params, tokens):
     return _to_uint8(tokenizer.apply({'params': params['tokenizer']}, tokens, method='decode'))
@@ -61,11 +60,10 @@ def _to_uint8(images):
   return jnp.clip(jnp.rint((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def write(model, folder, platforms, choices, inside=True, names=None):
+def write(model, folder, platforms, choices, inside=True):
   """Writes the artifacts of a `Model` and `about.json` into a folder; returns the paths.
 
-  platforms: of PLATFORMS. inside: whether each artifact holds its weights. names: of the classes, None where nobody
-  knows them. UserError where the weights are too many to be inside.
+  platforms: of PLATFORMS. inside: whether each artifact holds its weights. UserError where they are too many for that.
   """
   size = sum(x.nbytes for x in jax.tree.leaves(model.params))
   if inside and size > MOST_INSIDE:
@@ -74,7 +72,7 @@ def write(model, folder, platforms, choices, inside=True, names=None):
   about = {
       'platforms': list(platforms), 'weights': 'inside' if inside else 'weights.npz, the first argument',
       'image_size': model.tokenizer.image_size, 'scales': model.tokenizer.pyramid.scales,
-      'classes': model.generator and model.generator.classes, 'class_names': names,
+      'classes': model.generator and model.generator.classes, 'class_names': model.class_names,
       'drawn_with': {name: value for name, value in choices._asdict().items() if name != 'cfg'}, 'artifacts': {}}
   for name, (function, inputs, text) in functions(model, choices).items():
     params = {'tokenizer': {part: model.params['tokenizer'][part] for part in PARTS[name]}}

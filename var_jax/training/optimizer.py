@@ -38,8 +38,7 @@ def joining_later(config, peak, steps, start):
 
   config: `config.optimizer` of the run; peak: in place of its peak_lr.
   """
-  warmup = round(config.warmup * steps)
-  run = learning_rate(config.schedule, peak, steps, warmup, config.start_ratio, config.end_ratio)
+  warmup, run = round(config.warmup * steps), rate_of(config, steps, peak)
 
   def schedule(step):
     warm = jnp.clip((step - start) / max(warmup, 1), 0, 1) if warmup else 1.0
@@ -95,10 +94,10 @@ def freeze(optimizer, patterns):
   return optax.partition({'trained': optimizer, 'frozen': optax.set_to_zero()}, labels)
 
 
-def rate_of(config, steps):
-  """The schedule of the learning rate that `config.optimizer` says for a run of `steps` steps."""
-  return learning_rate(
-      config.schedule, config.peak_lr, steps, round(config.warmup * steps), config.start_ratio, config.end_ratio)
+def rate_of(config, steps, peak=None):
+  """The schedule of the learning rate that `config.optimizer` says for a run of `steps` steps; peak: not its own."""
+  return learning_rate(config.schedule, config.peak_lr if peak is None else peak, steps, round(config.warmup * steps),
+                       config.start_ratio, config.end_ratio)
 
 
 def from_config(config, steps, frozen=''):
